@@ -1,0 +1,53 @@
+"""What the portable kernels share: how Pallas is called, and sizes that its Triton lowering takes."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+
+def interpret() -> bool:
+    """Kernels are interpreted where there is no GPU to compile them for."""
+    return jax.default_backend() != "gpu"
+
+
+def call(kernel, *, name: str, num_warps: int = 4, num_stages: int = 2, **kwargs):
+    """pl.pallas_call with the Triton lowering named: without compiler_params the choice differs between JAX versions."""
+    params = plt.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+    return pl.pallas_call(kernel, name=name, compiler_params=params, interpret=interpret(), **kwargs)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n; every value in a kernel has such a size."""
+    return 1 << (n - 1).bit_length()
+
+
+def block_of(tokens: int, largest: int) -> int:
+    """The largest power of two up to `largest` that divides a capacity.
+
+    Raises:
+      NotImplementedError: it is below 16.
+    """
+    block = min(largest, tokens & -tokens)
+    if block < 16:
+        raise NotImplementedError(f"the kernel takes capacities that are multiples of 16 tokens, got {tokens}")
+    return block
+
+
+def load_masked(ref, index, mask, other=0):
+    """Load `ref[index]` where mask holds, `other` elsewhere; index is a tuple of integer arrays of mask's shape."""
+    return plt.load(ref.at[index], mask=mask, other=other)
+
+
+def store_masked(ref, index, value, mask):
+    """Store `value` to `ref[index]` where mask holds; index is a tuple of integer arrays of value's shape."""
+    if interpret():
+        # The interpreter writes old values back where the mask is off, over new ones at the same place.
+        index = (*index[:-1], jnp.where(mask, index[-1], jnp.iinfo(jnp.int32).max))
+    plt.store(ref.at[index], value, mask=mask)
+
+
+def dot(a, b):
+    """a @ b accumulated in float32; float32 operands are multiplied as such, not rounded to tf32."""
+    precision = "highest" if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,106 @@
+"""Exact attention of one token over a list of cached tokens per kv head, split over the list and combined.
+
+    attend    program (kv head, split): an equal run of the list's tiles, whatever its length ->  peak, total, out
+    combine   program (kv head, query head): all splits of a head, rescaled to the largest peak
+
+The query heads of a kv head are the rows of one matrix product, padded to 16. Lists may be empty or hold every token.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import _triton
+
+LEAST_ROWS = 16
+TILE = 64
+PROGRAMS = 512
+LOWEST = -1e30
+
+
+def _attend_kernel(count_ref, query_ref, keys_ref, values_ref, indices_ref, peak_ref, total_ref, out_ref, *, splits, tile,
+                   softmax_scale):  # fmt: skip
+    """count [], query [M,Dp], keys and values [T,D], indices [S] -> peak and total [M], out [M,Dp] of this split."""
+    head_dim = keys_ref.shape[1]
+    rows, columns = query_ref.shape
+    count = count_ref[...]
+    tiles = pl.cdiv(count, tile)
+    split = pl.program_id(1)
+    first, stop = split * tiles // splits, (split + 1) * tiles // splits
+    query = query_ref[...]
+    dim = jax.lax.broadcasted_iota(jnp.int32, (tile, columns), 1)
+
+    def load_rows(ref, index, valid):
+        at = (index[:, None] + 0 * dim, dim)
+        return _triton.load_masked(ref, at, valid[:, None] & (dim < head_dim))
+
+    def attend_tile(i, state):
+        peak, total, out = state
+        slot = i * tile + jnp.arange(tile, dtype=jnp.int32)
+        valid = slot < count
+        index = _triton.load_masked(indices_ref, (slot,), valid)
+        logits = softmax_scale * _triton.dot(query, load_rows(keys_ref, index, valid).T)
+        logits = jnp.where(valid[None, :], logits, LOWEST)
+        new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
+        decay = jnp.exp(peak - new_peak)
+        weights = jnp.where(valid[None, :], jnp.exp(logits - new_peak[:, None]), 0.0)
+        values = load_rows(values_ref, index, valid)
+        out = out * decay[:, None] + _triton.dot(weights.astype(values.dtype), values)
+        return new_peak, total * decay + jnp.sum(weights, axis=1), out
+
+    state = (jnp.full((rows,), LOWEST, jnp.float32), jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, columns), jnp.float32))
+    peak_ref[...], total_ref[...], out_ref[...] = jax.lax.fori_loop(first, stop, attend_tile, state)
+
+
+def _combine_kernel(peak_ref, total_ref, partial_ref, out_ref):
+    """peak and total [splits], partial [splits,Dp] -> out [Dp]; zero if every split was empty."""
+    peak = peak_ref[...]
+    weight = jnp.exp(peak - jnp.max(peak))
+    total = jnp.sum(weight * total_ref[...])
+    out = jnp.sum(weight[:, None] * partial_ref[...], axis=0)
+    out_ref[...] = jnp.where(total == 0, 0.0, out / total)
+
+
+def gathered_attention(query, keys, values, indices, counts, *, softmax_scale):
+    """`rabitq_jax.gathered_attention.gathered_attention_reference`."""
+    batch, kv_heads, group, head_dim = query.shape
+    heads = batch * kv_heads
+    rows = max(LEAST_ROWS, _triton.power_of_two(group))
+    columns = max(LEAST_ROWS, _triton.power_of_two(head_dim))
+    tile = _triton.block_of(indices.shape[-1], TILE)
+    splits = min(_triton.power_of_two(pl.cdiv(PROGRAMS, heads)), _triton.power_of_two(indices.shape[-1] // tile))
+    query = jnp.pad(query.astype(keys.dtype), ((0, 0), (0, 0), (0, rows - group), (0, columns - head_dim)))
+
+    def head(shape):
+        return pl.BlockSpec((None, None, *shape), lambda row, i: (row // kv_heads, row % kv_heads, *(0,) * len(shape)))
+
+    def part(*shape):
+        return pl.BlockSpec((None, None, *shape), lambda row, i: (row, i, *(0,) * len(shape)))
+
+    peak, total, partial = _triton.call(
+        functools.partial(_attend_kernel, splits=splits, tile=tile, softmax_scale=softmax_scale),
+        name="gathered_attention",
+        grid=(heads, splits),
+        in_specs=[head(x.shape[2:]) for x in (counts, query, keys, values, indices)],
+        out_specs=[part(rows), part(rows), part(rows, columns)],
+        out_shape=[
+            jax.ShapeDtypeStruct((heads, splits, rows), jnp.float32),
+            jax.ShapeDtypeStruct((heads, splits, rows), jnp.float32),
+            jax.ShapeDtypeStruct((heads, splits, rows, columns), jnp.float32),
+        ],
+    )(counts, query, keys, values, indices)
+
+    def one_row(*shape):
+        return pl.BlockSpec((None, splits, None, *shape), lambda row, g: (row, 0, g, *(0,) * len(shape)))
+
+    out = _triton.call(
+        _combine_kernel,
+        name="combine_splits",
+        grid=(heads, group),
+        in_specs=[one_row(), one_row(), one_row(columns)],
+        out_specs=pl.BlockSpec((None, None, columns), lambda row, g: (row, g, 0)),
+        out_shape=jax.ShapeDtypeStruct((heads, group, columns), jnp.float32),
+    )(peak, total, partial)
+    return out.reshape(batch, kv_heads, group, columns)[..., :head_dim]

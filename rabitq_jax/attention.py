@@ -1,0 +1,271 @@
+"""Attention with a RaBitQ cache: `prefill` for the prompt, `decode` for each new token.
+
+A decode step: append the new token; estimate every quantized token's logit from its bits; keep the tokens that hold a
+share p of the mass; attend exactly over those, the sinks and the unquantized window; quantize the oldest block of the
+window when it is full.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from rabitq_jax import codes as key_codes
+from rabitq_jax.cache import LayerCache, append
+from rabitq_jax.config import RaBitQConfig
+from rabitq_jax.dense_attention import decode_attention, prefill_attention
+from rabitq_jax.gathered_attention import gathered_attention
+from rabitq_jax.scores import proxy_scores
+from rabitq_jax.top_p import select_top_p
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeStats:
+    """What one decode step of one layer attended and read.
+
+    Attributes:
+      length: int32 [B], tokens in the cache, the new one included.
+      kept: int32 [B,K], tokens attended by each kv head.
+      scored: int32 [B,H], quantized tokens that each query head asked for.
+      mass: float32 [B,H], share of the estimated mass in each query head's own tokens (of all tokens or of the scored
+        ones: config.top_p_scope).
+      bytes_read: float32 [B], bytes of the cache that the step reads.
+      bytes_dense: float32 [B], bytes that dense attention reads.
+      finite: bool [B], no NaN or infinity in the output.
+    """
+
+    length: jax.Array
+    kept: jax.Array
+    scored: jax.Array
+    mass: jax.Array
+    bytes_read: jax.Array
+    bytes_dense: jax.Array
+    finite: jax.Array
+
+
+def decode(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: LayerCache,
+    config: RaBitQConfig | None,
+    *,
+    prng_key: jax.Array | None = None,
+) -> tuple[jax.Array, LayerCache, DecodeStats]:
+    """Append one token to every sequence and attend to the cache.
+
+    Args:
+      query: [B,H,D] and key, value: [B,K,D] of the new tokens, after rotary embedding; H a multiple of K.
+      cache: with room for one more token (checked by the caller, on the host: lengths are traced here).
+      config: the one the cache was made with; not used by a layer without codes, which attends densely.
+      prng_key: for config.query_rounding "random".
+
+    Returns:
+      Output [B,H,D] in query's dtype, the new cache, and stats.
+
+    Raises:
+      ValueError: shapes or dtypes disagree with the cache, or a PRNG key is missing.
+    """
+    _check_heads(query, key, value, cache)
+    batch, heads, head_dim = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    softmax_scale = head_dim**-0.5
+    cache = append(cache, key[:, None], value[:, None], jnp.ones_like(cache.length))
+    if cache.codes is None:
+        out = decode_attention(grouped, cache.keys, cache.values, cache.length, softmax_scale=softmax_scale)
+        stats = _dense_stats(cache, heads, out)
+    else:
+        if config is None:
+            raise ValueError("config is None, but the cache has codes: pass the RaBitQConfig it was made with")
+        out, stats = _attend_selected(grouped, cache, config, softmax_scale, prng_key)
+        cache = _quantize_full_blocks(cache, config, max_blocks=1)
+    return out.reshape(query.shape).astype(query.dtype), cache, stats
+
+
+def _attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key):
+    """query [B,K,G,D] -> float32 [B,K,G,D], DecodeStats."""
+    assert cache.codes is not None
+    with jax.named_scope("proxy_scores"):
+        quantized = key_codes.quantize_query(
+            query, cache.codes.rotation, cache.codes.query_centroid, rounding=config.query_rounding, key=prng_key
+        )
+        scores = proxy_scores(
+            query, quantized, cache.codes, cache.quantized,
+            softmax_scale=softmax_scale, implementation=config.scores,
+        )  # fmt: skip
+    with jax.named_scope("select_top_p"):
+        exact_lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
+        if config.top_p_scope == "all":
+            exact_lse = _exact_logsumexp(query, cache, config, softmax_scale)
+        selection = select_top_p(
+            scores, exact_lse, cache.quantized, cache.length,
+            sink=config.sink, top_p=config.top_p, implementation=config.select,
+        )  # fmt: skip
+    with jax.named_scope("gathered_attention"):
+        out = gathered_attention(
+            query, cache.keys, cache.values, selection.indices, selection.counts,
+            softmax_scale=softmax_scale, implementation=config.attend,
+        )  # fmt: skip
+    batch = query.shape[0]
+    stats = DecodeStats(
+        length=cache.length,
+        kept=selection.counts,
+        scored=selection.scored.reshape(batch, -1),
+        mass=selection.mass.reshape(batch, -1),
+        bytes_read=_bytes_read(cache, selection.counts, config),
+        bytes_dense=_bytes_dense(cache),
+        finite=jnp.all(jnp.isfinite(out), axis=(1, 2, 3)),
+    )
+    return out, stats
+
+
+def _exact_logsumexp(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float):
+    """Log-sum-exp of the exact logits of sinks and window, float32 [B,K,G]; the tokens that are not scored."""
+    size = min(config.window, cache.capacity)
+    window_start = jnp.minimum(cache.quantized, cache.capacity - size)
+    window = jax.vmap(lambda keys, start: jax.lax.dynamic_slice_in_dim(keys, start, size, axis=1))(
+        cache.keys, window_start
+    )
+    sink = min(config.sink, cache.capacity)
+    keys = jnp.concatenate([cache.keys[:, :, :sink], window], axis=2)
+    sink_position = jnp.broadcast_to(jnp.arange(sink), (query.shape[0], sink))
+    window_position = window_start[:, None] + jnp.arange(size)
+    length, quantized = cache.length[:, None], cache.quantized[:, None]
+    # A token of the window that is also a sink counts once.
+    in_window = (window_position >= quantized) & (window_position >= sink) & (window_position < length)
+    visible = jnp.concatenate([sink_position < length, in_window], axis=1)
+    logits = softmax_scale * jnp.einsum(
+        "bkgd,bksd->bkgs", query.astype(keys.dtype), keys, precision="highest", preferred_element_type=jnp.float32
+    )
+    return jax.nn.logsumexp(jnp.where(visible[:, None, None], logits, -jnp.inf), axis=-1)
+
+
+def _bytes_dense(cache: LayerCache):
+    """float32 [B]: keys and values of every token once."""
+    _, kv_heads, _, head_dim = cache.keys.shape
+    return cache.length.astype(jnp.float32) * (2 * kv_heads * head_dim * cache.keys.dtype.itemsize)
+
+
+def _bytes_read(cache: LayerCache, counts, config: RaBitQConfig):
+    """float32 [B]: codes and centroids of the quantized tokens, keys and values of the attended ones, and, for p over
+    all tokens, the keys of sinks and window once more."""
+    assert cache.codes is not None
+    _, kv_heads, _, head_dim = cache.keys.shape
+    row = head_dim * cache.keys.dtype.itemsize
+    quantized = cache.quantized.astype(jnp.float32)
+    centroids = jnp.ceil(quantized / cache.codes.tokens_per_centroid) * head_dim * 2
+    read = kv_heads * (quantized * cache.codes.bytes_per_token + centroids)
+    if config.top_p_scope == "all":
+        exact = cache.length - jnp.maximum(cache.quantized - config.sink, 0)
+        read = read + kv_heads * row * exact.astype(jnp.float32)
+    return read + 2 * row * jnp.sum(counts, axis=1).astype(jnp.float32)
+
+
+def _dense_stats(cache: LayerCache, heads: int, out) -> DecodeStats:
+    batch, kv_heads = cache.keys.shape[:2]
+    return DecodeStats(
+        length=cache.length,
+        kept=jnp.broadcast_to(cache.length[:, None], (batch, kv_heads)),
+        scored=jnp.zeros((batch, heads), jnp.int32),
+        mass=jnp.ones((batch, heads), jnp.float32),
+        bytes_read=_bytes_dense(cache),
+        bytes_dense=_bytes_dense(cache),
+        finite=jnp.all(jnp.isfinite(out), axis=(1, 2, 3)),
+    )
+
+
+def _quantize_full_blocks(cache: LayerCache, config: RaBitQConfig, *, max_blocks: int) -> LayerCache:
+    """The lazy update: quantize the window's oldest blocks, all but the last `recent` tokens' whole blocks."""
+    assert cache.codes is not None
+    quantized = jnp.maximum(cache.quantized, config.quantized_length(cache.length))
+    codes = key_codes.update_codes(
+        cache.keys, cache.codes, cache.quantized // config.interval, quantized // config.interval,
+        interval=config.interval, max_blocks=max_blocks, implementation=config.quantize,
+    )  # fmt: skip
+    return dataclasses.replace(cache, codes=codes, quantized=quantized)
+
+
+def prefill(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: LayerCache,
+    config: RaBitQConfig | None,
+    *,
+    new_tokens: jax.Array | None = None,
+    fresh: bool = False,
+    last: bool = True,
+) -> tuple[jax.Array, LayerCache]:
+    """Append a chunk of the prompt and attend causally and exactly; with the last chunk, build the codes.
+
+    Args:
+      query: [B,N,H,D] and key, value: [B,N,K,D], after rotary embedding.
+      cache: with room for the chunk (checked by the caller, on the host).
+      config: the one the cache was made with; not used by a layer without codes.
+      new_tokens: int32 [B], real tokens of the chunk, the rest being padding at its end; all N by default.
+      fresh: the cache is empty, so that the chunk alone is attended. Never required, and faster.
+      last: no chunk of this prompt follows. Codes are built, of all but the recent window. Centroids of the prompt
+        are means over the tokens held then, set once for each sequence: later prompts and new tokens use them too.
+        The query centroid is the mean over this last chunk's queries.
+
+    Returns:
+      Output [B,N,H,D] in query's dtype (undefined at padding), and the new cache.
+
+    Raises:
+      ValueError: shapes or dtypes disagree with the cache.
+    """
+    _check_heads(query, key, value, cache)
+    batch, chunk, _, head_dim = query.shape
+    if new_tokens is None:
+        new_tokens = jnp.full((batch,), chunk, jnp.int32)
+    start = cache.length
+    cache = append(cache, key, value, new_tokens)
+    with jax.named_scope("prefill_attention"):
+        out = prefill_attention(query, cache.keys, cache.values, start, fresh=fresh, softmax_scale=head_dim**-0.5)
+    if cache.codes is not None and last:
+        if config is None:
+            raise ValueError("config is None, but the cache has codes: pass the RaBitQConfig it was made with")
+        with jax.named_scope("build_codes"):
+            cache = _set_prompt_centroids(cache, query, new_tokens)
+            cache = _quantize_full_blocks(cache, config, max_blocks=cache.capacity // config.interval)
+    return out, cache
+
+
+def _set_prompt_centroids(cache: LayerCache, query, new_tokens) -> LayerCache:
+    """Set the centroids that are means over the prompt, in sequences that have no codes yet."""
+    assert cache.codes is not None
+    codes, first = cache.codes, (cache.quantized == 0)[:, None, None]
+    if codes.key_centroids.shape[2] == 1:
+        held = jnp.arange(cache.capacity) < cache.length[:, None]
+        total = jnp.einsum("bt,bktd->bkd", held.astype(jnp.float32), jnp.where(held[:, None, :, None], cache.keys, 0))
+        mean = (total / jnp.maximum(cache.length, 1)[:, None, None]).astype(codes.key_centroids.dtype)
+        codes = dataclasses.replace(
+            codes, key_centroids=jnp.where(first[..., None], mean[:, :, None], codes.key_centroids)
+        )
+    if codes.query_centroid is not None:
+        real = jnp.arange(query.shape[1]) < new_tokens[:, None]
+        grouped = query.reshape(*query.shape[:2], cache.keys.shape[1], -1, query.shape[-1])
+        per_head = jnp.mean(grouped.astype(jnp.float32), axis=3)
+        total = jnp.einsum("bnkd->bkd", jnp.where(real[..., None, None], per_head, 0))
+        mean = total / jnp.maximum(new_tokens, 1)[:, None, None]
+        codes = dataclasses.replace(codes, query_centroid=jnp.where(first, mean, codes.query_centroid))
+    return dataclasses.replace(cache, codes=codes)
+
+
+def _check_heads(query, key, value, cache: LayerCache):
+    """Check static facts of [B,...,H,D] queries and [B,...,K,D] keys and values against the cache."""
+    batch, kv_heads, _, head_dim = cache.keys.shape
+    if key.shape != (batch, *query.shape[1:-2], kv_heads, head_dim) or value.shape != key.shape:
+        raise ValueError(
+            f"key and value must be {(batch, *query.shape[1:-2], kv_heads, head_dim)} to fit query {query.shape} and "
+            f"the cache, got {key.shape} and {value.shape}"
+        )
+    if query.shape[0] != batch or query.shape[-1] != head_dim or query.shape[-2] % kv_heads:
+        raise ValueError(
+            f"query must be [{batch}, ..., a multiple of {kv_heads} heads, {head_dim}] to fit the cache, got {query.shape}"
+        )
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating, got {array.dtype}")

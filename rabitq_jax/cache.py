@@ -1,0 +1,171 @@
+"""The KV cache: exact keys and values, and the key codes beside them, as frozen pytrees."""
+
+import dataclasses
+import math
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from rabitq_jax import rotation
+from rabitq_jax.codes import KeyCodes
+from rabitq_jax.config import RaBitQConfig
+
+CAPACITY_UNIT = 512
+
+
+class AttentionShape(Protocol):
+    """What a model's configuration must say for a cache to be made for it."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerCache:
+    """One layer's cache. Slots at or past `length` are undefined.
+
+    Attributes:
+      keys, values: [B,K,T,D], exact; keys after rotary embedding.
+      codes: codes of the first `quantized` keys; None in a layer that attends densely.
+      length: int32 [B], tokens held for each sequence.
+      quantized: int32 [B], tokens that have codes, a multiple of the configuration's interval.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    codes: KeyCodes | None
+    length: jax.Array
+    quantized: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Every layer's cache, and the seed from which their rotations were drawn (uint32 [])."""
+
+    layers: tuple[LayerCache, ...]
+    rotation_seed: jax.Array
+
+    @property
+    def length(self) -> jax.Array:
+        """int32 [B], tokens held for each sequence."""
+        return self.layers[0].length
+
+    @property
+    def capacity(self) -> int:
+        return self.layers[0].capacity
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+def round_capacity(tokens: int, config: RaBitQConfig | None) -> int:
+    """The smallest capacity that holds `tokens`: a multiple of 512 and of the quantization interval."""
+    unit = CAPACITY_UNIT if config is None else math.lcm(CAPACITY_UNIT, config.interval)
+    return -(-tokens // unit) * unit
+
+
+def init_layer_cache(
+    batch: int,
+    capacity: int,
+    num_kv_heads: int,
+    head_dim: int,
+    config: RaBitQConfig | None,
+    *,
+    dtype=jnp.bfloat16,
+    rotation_key: jax.Array | None = None,
+) -> LayerCache:
+    """An empty cache of one layer.
+
+    Args:
+      config: None makes a layer that attends densely and has no codes.
+      rotation_key: PRNG key of this layer's rotation; by default the one of layer 0 under config.rotation_seed.
+
+    Raises:
+      ValueError: a size is not positive, or the capacity is not a multiple of 512 and of the interval.
+    """
+    for name, value in (("batch", batch), ("capacity", capacity), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if capacity != round_capacity(capacity, config):
+        raise ValueError(f"capacity must be a multiple of {round_capacity(1, config)} tokens, got {capacity}")
+    codes = None
+    if config is not None:
+        if rotation_key is None:
+            rotation_key = layer_rotation_key(config.rotation_seed, 0)
+        matrix = rotation.draw(rotation_key, head_dim, config.rotation)
+        centroids = capacity // config.interval if config.key_centroid == "block" else 1
+        tokens = (batch, num_kv_heads, capacity)
+        has_query_centroid = config.query_centroid == "prompt"
+        codes = KeyCodes(
+            bits=jnp.zeros((*tokens, matrix.shape[0] // 32), jnp.uint32),
+            scale=jnp.zeros(tokens, jnp.bfloat16),
+            bias=jnp.zeros(tokens, jnp.bfloat16) if has_query_centroid else None,
+            key_centroids=jnp.zeros((batch, num_kv_heads, centroids, head_dim), jnp.bfloat16),
+            query_centroid=jnp.zeros((batch, num_kv_heads, head_dim), jnp.float32) if has_query_centroid else None,
+            rotation=matrix,
+        )
+    kv_shape = (batch, num_kv_heads, capacity, head_dim)
+    return LayerCache(
+        keys=jnp.zeros(kv_shape, dtype),
+        values=jnp.zeros(kv_shape, dtype),
+        codes=codes,
+        length=jnp.zeros((batch,), jnp.int32),
+        quantized=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def layer_rotation_key(seed, layer: int) -> jax.Array:
+    """PRNG key of a layer's rotation."""
+    return jax.random.fold_in(jax.random.key(seed), layer)
+
+
+def init_cache(
+    shape: AttentionShape, batch: int, capacity: int, config: RaBitQConfig | None, *, dtype=jnp.bfloat16
+) -> Cache:
+    """An empty cache for a model; `config` None makes every layer dense.
+
+    Raises:
+      ValueError: as `init_layer_cache`.
+    """
+    seed = 0 if config is None else config.rotation_seed
+    layers = []
+    for layer in range(shape.num_layers):
+        layer_config = None if config is None or layer < config.dense_layers else config
+        layers.append(
+            init_layer_cache(
+                batch, capacity, shape.num_kv_heads, shape.head_dim, layer_config,
+                dtype=dtype, rotation_key=layer_rotation_key(seed, layer),
+            )
+        )  # fmt: skip
+    return Cache(layers=tuple(layers), rotation_seed=jnp.uint32(seed))
+
+
+def append(cache: LayerCache, keys: jax.Array, values: jax.Array, new_tokens: jax.Array) -> LayerCache:
+    """Write new tokens behind those that are held; nothing is quantized.
+
+    Args:
+      keys, values: [B,N,K,D]; the first new_tokens[b] of sequence b are real, the rest is padding and not written.
+      new_tokens: int32 [B]. Tokens past the capacity are dropped: callers check the capacity before.
+    """
+    batch, chunk = keys.shape[:2]
+    offset = jnp.arange(chunk)
+    slot = jnp.where(offset < new_tokens[:, None], cache.length[:, None] + offset, cache.capacity)
+    sequence = jnp.arange(batch)[:, None]
+    write = lambda held, new: held.at[sequence, :, slot].set(new.astype(held.dtype), mode="drop")  # noqa: E731
+    return dataclasses.replace(
+        cache, keys=write(cache.keys, keys), values=write(cache.values, values), length=cache.length + new_tokens
+    )

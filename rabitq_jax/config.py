@@ -1,0 +1,84 @@
+"""RaBitQConfig: every choice of the algorithm, static and hashable, so that a jitted function can close over it."""
+
+import dataclasses
+import typing
+from typing import Literal
+
+TopPScope = Literal["all", "scored"]
+RotationKind = Literal["haar", "hadamard"]
+KeyCentroid = Literal["block", "prompt"]
+QueryCentroid = Literal["none", "prompt"]
+QueryRounding = Literal["random", "nearest"]
+ScoreImplementation = Literal["xla", "popcount", "int4", "triton"]
+KernelImplementation = Literal["xla", "pallas"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RaBitQConfig:
+    """What to keep of the attention, and how it is estimated.
+
+    Attributes:
+      top_p: share of the attention mass to keep, in (0, 1]. 1 keeps every token and equals dense attention.
+      top_p_scope: what the share is a share of. "all": scored and exact tokens together; "scored": the scored tokens
+        alone, as in the paper's accuracy code.
+      sink: number of first tokens that are always attended.
+      recent: smallest number of last tokens that are always attended, and not yet quantized.
+      interval: tokens quantized in one go when the unquantized tail reaches `recent + interval`; also the length of the
+        block that shares a centroid when `key_centroid` is "block".
+      dense_layers: number of first layers that attend densely.
+      rotation: "haar" (QR of a Gaussian matrix) or "hadamard" (random signs times Walsh-Hadamard, three rounds).
+      rotation_seed: seed of every layer's rotation.
+      key_centroid: c_k of equation (1): mean key of the token's own quantization block, or of the prompt.
+      query_centroid: c_q of equation (1): zero, or the mean of the prompt's queries of a kv head (one more stored
+        number a token).
+      query_rounding: "random" (unbiased, needs a PRNG key in every decode step) or "nearest".
+      scores, select, attend, quantize: implementation of each stage; None is the kernel on a GPU, XLA elsewhere.
+
+    Raises:
+      ValueError: a value is outside its range.
+    """
+
+    top_p: float = 0.95
+    top_p_scope: TopPScope = "all"
+    sink: int = 16
+    recent: int = 64
+    interval: int = 128
+    dense_layers: int = 2
+    rotation: RotationKind = "haar"
+    rotation_seed: int = 0
+    key_centroid: KeyCentroid = "block"
+    query_centroid: QueryCentroid = "none"
+    query_rounding: QueryRounding = "random"
+    scores: ScoreImplementation | None = None
+    select: KernelImplementation | None = None
+    attend: KernelImplementation | None = None
+    quantize: KernelImplementation | None = None
+
+    def __post_init__(self):
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        for name, lowest in (("sink", 0), ("recent", 1), ("interval", 1), ("dense_layers", 0), ("rotation_seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
+        hints = typing.get_type_hints(type(self))
+        for name in ("top_p_scope", "rotation", "key_centroid", "query_centroid", "query_rounding"):
+            _check_choice(name, getattr(self, name), typing.get_args(hints[name]))
+        for name in ("scores", "select", "attend", "quantize"):
+            literal = typing.get_args(hints[name])[0]
+            _check_choice(name, getattr(self, name), (None, *typing.get_args(literal)))
+
+    @property
+    def window(self) -> int:
+        """Largest number of unquantized tokens that a decode step can meet."""
+        return self.recent + self.interval
+
+    def quantized_length(self, length):
+        """Tokens that have codes once the lazy update has run at `length` tokens (an int or an int32 array)."""
+        blocks = (length - self.recent) // self.interval
+        return blocks * (blocks > 0) * self.interval
+
+
+def _check_choice(name: str, value, choices: tuple):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")

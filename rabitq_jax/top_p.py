@@ -1,0 +1,100 @@
+"""Top-p selection: which cached tokens a decode step attends.
+
+Per query head, with z the scored logits and E = exp(exact_lse) the mass of tokens that are attended in any case: tokens
+in order of decreasing z, ties by position, are kept while the mass strictly before them, E included, is below
+p (E + sum exp z). The token that crosses p is kept. A kv head attends the union over its query heads, the sinks and the
+unquantized window.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import top_p as top_p_kernel
+from rabitq_jax._dispatch import select
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Tokens to attend.
+
+    Attributes:
+      indices: int32 [B,K,T], ascending; entries at or past `counts` are undefined.
+      counts: int32 [B,K], sinks and window included.
+      scored: int32 [B,K,G], scored tokens that each query head keeps.
+      mass: float32 [B,K,G], share of the estimated mass that the query head's own tokens hold.
+    """
+
+    indices: jax.Array
+    counts: jax.Array
+    scored: jax.Array
+    mass: jax.Array
+
+
+def select_reference(scores, exact_lse, quantized, length, *, sink: int, top_p: float) -> Selection:
+    """`select_top_p` by a sort of all scores: its definition."""
+    position = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    is_scored = (position >= sink) & (position < quantized[:, None])  # [B,T]
+    is_exact = (position < length[:, None]) & ~is_scored
+
+    # NaN goes first, so that it is kept and shows in the output.
+    z = jnp.where(jnp.isnan(scores), jnp.inf, scores)
+    z = jnp.where(is_scored[:, None, None, :], z, -jnp.inf)
+    peak = jnp.maximum(jnp.max(z, axis=-1), exact_lse)
+    peak = jnp.where(peak == -jnp.inf, 0.0, peak)[..., None]
+    ordered = -jnp.sort(-z, axis=-1)
+    mass = jnp.exp(ordered - peak)
+    exact_mass = jnp.exp(exact_lse[..., None] - peak)
+    total = exact_mass + jnp.sum(mass, axis=-1, keepdims=True)
+    before = exact_mass + jnp.cumsum(mass, axis=-1) - mass
+    keep_ordered = (ordered > -jnp.inf) & ((top_p == 1) | ~(before >= top_p * total))
+    n_keep = jnp.sum(keep_ordered, axis=-1, keepdims=True, dtype=jnp.int32)
+
+    threshold = jnp.take_along_axis(ordered, jnp.maximum(n_keep - 1, 0), axis=-1)
+    threshold = jnp.where(n_keep == 0, jnp.inf, threshold)
+    above, tied = z > threshold, (z == threshold) & (n_keep > 0)
+    room = n_keep - jnp.sum(above, axis=-1, keepdims=True)
+    keep = (above | (tied & (jnp.cumsum(tied, axis=-1) <= room))) & is_scored[:, None, None, :]
+
+    attended = jnp.any(keep, axis=2) | is_exact[:, None, :]
+    kept_mass = exact_mass[..., 0] + jnp.sum(jnp.where(keep_ordered, mass, 0), axis=-1)
+    return Selection(
+        indices=jnp.sort(jnp.where(attended, position, scores.shape[-1]), axis=-1),
+        counts=jnp.sum(attended, axis=-1, dtype=jnp.int32),
+        scored=n_keep[..., 0],
+        mass=jnp.where(total[..., 0] == 0, 1.0, kept_mass / total[..., 0]),
+    )
+
+
+def _select_pallas(scores, exact_lse, quantized, length, *, sink: int, top_p: float) -> Selection:
+    indices, counts, scored, mass = top_p_kernel.select_top_p(
+        scores, exact_lse, quantized, length, sink=sink, top_p=top_p
+    )
+    return Selection(indices=indices, counts=counts, scored=scored, mass=mass)
+
+
+IMPLEMENTATIONS = {"xla": select_reference, "pallas": _select_pallas}
+
+
+def select_top_p(scores, exact_lse, quantized, length, *, sink: int, top_p: float, implementation=None) -> Selection:
+    """Choose the tokens that a decode step attends.
+
+    Scored are the tokens in [sink, quantized); exact (always attended) are [0, sink) and [quantized, length).
+
+    Args:
+      scores: float32 [B,K,G,T], estimated scaled logits; undefined outside [sink, quantized).
+      exact_lse: float32 [B,K,G], log-sum-exp of the exact tokens' scaled logits, for p over all tokens; -inf for p over
+        the scored tokens alone.
+      quantized, length: int32 [B].
+      sink: number of first tokens that are attended in any case.
+      top_p: in (0, 1].
+      implementation: "xla" (the definition: sorts all scores); "pallas" (no sort: bins of 1/32 nat, a superset of the
+        definition's set that ends with the whole bin in which p is safely reached); None.
+
+    Returns:
+      A Selection. A score of NaN or infinity is always kept.
+    """
+    choose = select(IMPLEMENTATIONS, implementation, gpu="pallas")
+    return choose(scores, exact_lse, quantized, length, sink=sink, top_p=top_p)
