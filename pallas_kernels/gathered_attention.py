@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _triton
+from pallas_kernels import _pallas
 
 LEAST_ROWS = 16
 TILE = 64
@@ -34,20 +34,20 @@ def _attend_kernel(count_ref, query_ref, keys_ref, values_ref, indices_ref, peak
 
     def load_rows(ref, index, valid):
         at = (index[:, None] + 0 * dim, dim)
-        return _triton.load_masked(ref, at, valid[:, None] & (dim < head_dim))
+        return _pallas.load_masked(ref, at, valid[:, None] & (dim < head_dim))
 
     def attend_tile(i, state):
         peak, total, out = state
         slot = i * tile + jnp.arange(tile, dtype=jnp.int32)
         valid = slot < count
-        index = _triton.load_masked(indices_ref, (slot,), valid)
-        logits = softmax_scale * _triton.dot(query, load_rows(keys_ref, index, valid).T)
+        index = _pallas.load_masked(indices_ref, (slot,), valid)
+        logits = softmax_scale * _pallas.dot(query, load_rows(keys_ref, index, valid).T)
         logits = jnp.where(valid[None, :], logits, LOWEST)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
         decay = jnp.exp(peak - new_peak)
         weights = jnp.where(valid[None, :], jnp.exp(logits - new_peak[:, None]), 0.0)
         values = load_rows(values_ref, index, valid)
-        out = out * decay[:, None] + _triton.dot(weights.astype(values.dtype), values)
+        out = out * decay[:, None] + _pallas.dot(weights.astype(values.dtype), values)
         return new_peak, total * decay + jnp.sum(weights, axis=1), out
 
     state = (jnp.full((rows,), LOWEST, jnp.float32), jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, columns), jnp.float32))
@@ -67,10 +67,10 @@ def gathered_attention(query, keys, values, indices, counts, *, softmax_scale):
     """`rabitq_jax.gathered_attention.gathered_attention_reference`."""
     batch, kv_heads, group, head_dim = query.shape
     heads = batch * kv_heads
-    rows = max(LEAST_ROWS, _triton.power_of_two(group))
-    columns = max(LEAST_ROWS, _triton.power_of_two(head_dim))
-    tile = _triton.block_of(indices.shape[-1], TILE)
-    splits = min(_triton.power_of_two(pl.cdiv(PROGRAMS, heads)), _triton.power_of_two(indices.shape[-1] // tile))
+    rows = max(LEAST_ROWS, _pallas.power_of_two(group))
+    columns = max(LEAST_ROWS, _pallas.power_of_two(head_dim))
+    tile = _pallas.block_of(indices.shape[-1], TILE)
+    splits = min(_pallas.power_of_two(pl.cdiv(PROGRAMS, heads)), _pallas.power_of_two(indices.shape[-1] // tile))
     query = jnp.pad(query.astype(keys.dtype), ((0, 0), (0, 0), (0, rows - group), (0, columns - head_dim)))
 
     def head(shape):
@@ -79,7 +79,7 @@ def gathered_attention(query, keys, values, indices, counts, *, softmax_scale):
     def part(*shape):
         return pl.BlockSpec((None, None, *shape), lambda row, i: (row, i, *(0,) * len(shape)))
 
-    peak, total, partial = _triton.call(
+    peak, total, partial = _pallas.call(
         functools.partial(_attend_kernel, splits=splits, tile=tile, softmax_scale=softmax_scale),
         name="gathered_attention",
         grid=(heads, splits),
@@ -95,7 +95,7 @@ def gathered_attention(query, keys, values, indices, counts, *, softmax_scale):
     def one_row(*shape):
         return pl.BlockSpec((None, splits, None, *shape), lambda row, g: (row, 0, g, *(0,) * len(shape)))
 
-    out = _triton.call(
+    out = _pallas.call(
         _combine_kernel,
         name="combine_splits",
         grid=(heads, group),

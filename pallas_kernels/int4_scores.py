@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _triton
+from pallas_kernels import _pallas
 from pallas_kernels.popcount_scores import epilogue, scores_call
 
 BLOCK_TOKENS = 128
@@ -40,7 +40,7 @@ def _kernel(length_ref, levels_ref, sums_ref, gain_ref, shift_ref, bits_ref, sca
         row = token[:, None] + 0 * column
         shift = shift_ref[column, row // tokens_per_centroid]
         scores = epilogue(2 * dots - sums_ref[...][None, :], gain_ref[...][None, :], scale, bias, bias_gain, shift)
-        _triton.store_masked(out_ref, (column, row), scores, column < group)
+        _pallas.store_masked(out_ref, (column, row), scores, column < group)
 
 
 def proxy_scores(levels, bits, gain, scale, bias, bias_gain, shift, *, length):
@@ -50,8 +50,8 @@ def proxy_scores(levels, bits, gain, scale, bias, bias_gain, shift, *, length):
       NotImplementedError: T is not a multiple of 16.
     """
     group, tokens = levels.shape[2], bits.shape[2]
-    block = _triton.block_of(tokens, BLOCK_TOKENS)
-    columns = max(LEAST_COLUMNS, _triton.power_of_two(group))
+    block = _pallas.block_of(tokens, BLOCK_TOKENS)
+    columns = max(LEAST_COLUMNS, _pallas.power_of_two(group))
 
     def pad_heads(x):
         return jnp.pad(x, [(0, 0), (0, 0), (0, columns - group)] + [(0, 0)] * (x.ndim - 3))

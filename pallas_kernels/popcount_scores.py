@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _triton
+from pallas_kernels import _pallas
 
 PLANE_WEIGHTS = (1, 2, 4, -8)
 BLOCK_TOKENS = 512
@@ -67,7 +67,7 @@ def proxy_scores(levels, bits, gain, scale, bias, bias_gain, shift, *, length):
     """
     batch, kv_heads, group, _ = levels.shape
     tokens = bits.shape[2]
-    block = _triton.block_of(tokens, BLOCK_TOKENS)
+    block = _pallas.block_of(tokens, BLOCK_TOKENS)
     # Population counts lower for int32 alone.
     inputs = [bit_planes(levels), jnp.sum(levels, axis=-1, dtype=jnp.int32), gain, shift]
     inputs += [jax.lax.bitcast_convert_type(bits, jnp.int32), scale] + ([] if bias is None else [bias])
@@ -79,7 +79,7 @@ def scores_call(kernel, name, block, length, inputs, group, *, num_warps=4):
     """Launch a score kernel: one program a kv head and block of tokens; inputs are [B,K,...] and passed whole a head."""
     batch, kv_heads, tokens = inputs[-1].shape
     head = lambda shape: pl.BlockSpec((None, None, *shape), lambda row, i: (row // kv_heads, row % kv_heads, *(0,) * len(shape)))  # noqa: E731,E501
-    return _triton.call(
+    return _pallas.call(
         kernel,
         name=name,
         num_warps=num_warps,

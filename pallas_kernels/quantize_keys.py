@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _triton
+from pallas_kernels import _pallas
 
 
 def _kernel(first_ref, stop_ref, keys_ref, rotation_ref, *rest, interval, has_bias):
@@ -23,13 +23,13 @@ def _kernel(first_ref, stop_ref, keys_ref, rotation_ref, *rest, interval, has_bi
     old_centroids_ref, new_centroids_ref = old[-1], new[-1]
     bits_ref, scale_ref = new[:2]
     head_dim, words = keys_ref.shape[1], bits_ref.shape[1]
-    columns = _triton.power_of_two(head_dim)
+    columns = _pallas.power_of_two(head_dim)
     block = first_ref[...] + pl.program_id(1)
 
     def row_of(ref, row):
         dim = jnp.arange(columns, dtype=jnp.int32)
         index = (dim,) if row is None else (row + 0 * dim, dim)
-        return _triton.load_masked(ref, index, dim < head_dim).astype(jnp.float32)
+        return _pallas.load_masked(ref, index, dim < head_dim).astype(jnp.float32)
 
     @pl.when(block < stop_ref[...])
     def _():
@@ -37,11 +37,11 @@ def _kernel(first_ref, stop_ref, keys_ref, rotation_ref, *rest, interval, has_bi
         here = pl.ds(start, interval)
         token = start + jax.lax.broadcasted_iota(jnp.int32, (interval, columns), 0)
         dim = jax.lax.broadcasted_iota(jnp.int32, (interval, columns), 1)
-        keys = _triton.load_masked(keys_ref, (token, dim), dim < head_dim).astype(jnp.float32)
+        keys = _pallas.load_masked(keys_ref, (token, dim), dim < head_dim).astype(jnp.float32)
         if old_centroids_ref.shape[0] > 1:
             centroid = (jnp.sum(keys, axis=0) / interval).astype(new_centroids_ref.dtype)
             column = jnp.arange(columns, dtype=jnp.int32)
-            _triton.store_masked(new_centroids_ref, (block + 0 * column, column), centroid, column < head_dim)
+            _pallas.store_masked(new_centroids_ref, (block + 0 * column, column), centroid, column < head_dim)
             centroid = centroid.astype(jnp.float32)
         else:
             centroid = row_of(old_centroids_ref, 0)
@@ -52,8 +52,8 @@ def _kernel(first_ref, stop_ref, keys_ref, rotation_ref, *rest, interval, has_bi
         word_row = jax.lax.broadcasted_iota(jnp.int32, (32, columns), 0)
         bit = jax.lax.broadcasted_iota(jnp.int32, (interval, 32), 1)
         for w in range(words):
-            rows = _triton.load_masked(rotation_ref, (32 * w + word_row, word_dim), word_dim < head_dim, 0.0)
-            rotated = _triton.dot(residual, rows.T)
+            rows = _pallas.load_masked(rotation_ref, (32 * w + word_row, word_dim), word_dim < head_dim, 0.0)
+            rotated = _pallas.dot(residual, rows.T)
             l1 += jnp.sum(jnp.abs(rotated), axis=1)
             l2 += jnp.sum(rotated * rotated, axis=1)
             word = jnp.sum((rotated > 0).astype(jnp.int32) << bit, axis=1)
@@ -96,7 +96,7 @@ def quantize_keys(
     in_specs = [per_sequence, per_sequence, head(keys), pl.BlockSpec(rotation.shape, lambda row, i: (0, 0))]
     in_specs += [head(array) for array in inputs[4:]]
     states = [bits, scale] + ([bias] if has_bias else []) + [centroids]
-    new = _triton.call(
+    new = _pallas.call(
         functools.partial(_kernel, interval=interval, has_bias=has_bias),
         name="quantize_keys",
         grid=(batch * kv_heads, max_blocks),

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _triton
+from pallas_kernels import _pallas
 
 BINS = 1024
 BINS_PER_NAT = 32
@@ -95,7 +95,7 @@ def _mark_kernel(quantized_ref, length_ref, kept_bins_ref, peak_ref, scores_ref,
         scored = _scored(token, quantized, sink)
         wanted = jnp.zeros(shape, jnp.bool_)
         for g in range(scores_ref.shape[0]):
-            score = _triton.load_masked(scores_ref, (g + 0 * token, token), scored, 0.0)
+            score = _pallas.load_masked(scores_ref, (g + 0 * token, token), scored, 0.0)
             wanted |= bin_of(score, peak_ref[g]) < kept_bins_ref[g]
         keep = ((scored & wanted) | (~scored & (token < length))).astype(jnp.int32)
         count_ref[...] = jnp.sum(jnp.sum(keep, axis=1))
@@ -111,7 +111,7 @@ def _write_kernel(length_ref, offset_ref, mask_ref, indices_ref, *, block):
         token = start + jnp.arange(block, dtype=jnp.int32)
         keep = (mask_ref[token // 32] >> (token % 32)) & 1
         place = offset_ref[...] + jnp.cumsum(keep) - 1
-        _triton.store_masked(indices_ref, (place,), token, keep == 1)
+        _pallas.store_masked(indices_ref, (place,), token, keep == 1)
 
 
 def select_top_p(scores, exact_lse, quantized, length, *, sink, top_p):
@@ -122,7 +122,7 @@ def select_top_p(scores, exact_lse, quantized, length, *, sink, top_p):
     """
     batch, kv_heads, group, tokens = scores.shape
     heads = batch * kv_heads
-    block = _triton.block_of(tokens, BLOCK_TOKENS)
+    block = _pallas.block_of(tokens, BLOCK_TOKENS)
     if block < 32:
         raise NotImplementedError(f"the kernel takes capacities that are multiples of 32 tokens, got {tokens}")
     blocks = tokens // block
@@ -142,7 +142,7 @@ def select_top_p(scores, exact_lse, quantized, length, *, sink, top_p):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     counts = jnp.zeros((batch, kv_heads, group, 2 * BINS), jnp.int32)
-    counts = _triton.call(
+    counts = _pallas.call(
         functools.partial(_histogram_kernel, block=block, sink=sink),
         name="top_p_histogram",
         grid=(heads, blocks),
@@ -154,7 +154,7 @@ def select_top_p(scores, exact_lse, quantized, length, *, sink, top_p):
 
     per_query_head = pl.BlockSpec((None,), lambda i: (i,))
     flat = (heads * group,)
-    kept_bins, scored_count, mass = _triton.call(
+    kept_bins, scored_count, mass = _pallas.call(
         functools.partial(_threshold_kernel, top_p=top_p),
         name="top_p_threshold",
         grid=flat,
@@ -165,7 +165,7 @@ def select_top_p(scores, exact_lse, quantized, length, *, sink, top_p):
     kept_bins = kept_bins.reshape(peak.shape)
 
     mask_shape = like((batch, kv_heads, tokens // 32), jnp.int32)
-    mask, block_counts = _triton.call(
+    mask, block_counts = _pallas.call(
         functools.partial(_mark_kernel, block=block, sink=sink),
         name="top_p_mark",
         grid=(heads, blocks),
@@ -176,7 +176,7 @@ def select_top_p(scores, exact_lse, quantized, length, *, sink, top_p):
 
     stops = jnp.cumsum(block_counts, axis=1)
     indices_shape = like((batch, kv_heads, tokens), jnp.int32)
-    indices = _triton.call(
+    indices = _pallas.call(
         functools.partial(_write_kernel, block=block),
         name="top_p_write",
         grid=(heads, blocks),

@@ -1,0 +1,18 @@
+import logging
+
+import jax
+import pytest
+
+# Without a CUDA build of jaxlib, JAX warns on a machine that has an NVIDIA driver; the CPU tests mean to run on the CPU.
+logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+
+
+def pytest_report_header() -> str:
+    return f"jax {jax.__version__} on {jax.devices()[0].device_kind}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items and jax.default_backend() != "gpu":
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
