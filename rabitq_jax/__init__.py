@@ -1,5 +1,8 @@
 """RaBitQCache in JAX: long-context decoding that reads one bit per key dimension to find the tokens worth reading."""
 
+from rabitq_jax.cache import Cache, init_cache
 from rabitq_jax.config import RaBitQConfig
+from rabitq_jax.generate import Generation, generate
+from rabitq_jax.sampling import Sampling
 
-__all__ = ["RaBitQConfig"]
+__all__ = ["Cache", "Generation", "RaBitQConfig", "Sampling", "generate", "init_cache"]

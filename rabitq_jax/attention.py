@@ -52,6 +52,7 @@ def decode(
     config: RaBitQConfig | None,
     *,
     prng_key: jax.Array | None = None,
+    active: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache, DecodeStats]:
     """Append one token to every sequence and attend to the cache.
 
@@ -60,6 +61,7 @@ def decode(
       cache: with room for one more token (checked by the caller, on the host: lengths are traced here).
       config: the one the cache was made with; not used by a layer without codes, which attends densely.
       prng_key: for config.query_rounding "random".
+      active: bool [B]; a sequence that is not keeps its cache, and its output means nothing. All by default.
 
     Returns:
       Output [B,H,D] in query's dtype, the new cache, and stats.
@@ -72,7 +74,8 @@ def decode(
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
     softmax_scale = head_dim**-0.5
-    cache = append(cache, key[:, None], value[:, None], jnp.ones_like(cache.length))
+    new_tokens = jnp.ones_like(cache.length) if active is None else active.astype(jnp.int32)
+    cache = append(cache, key[:, None], value[:, None], new_tokens)
     if cache.codes is None:
         out = decode_attention(grouped, cache.keys, cache.values, cache.length, softmax_scale=softmax_scale)
         stats = _dense_stats(cache, heads, out)
@@ -208,7 +211,6 @@ def prefill(
       fresh: the cache is empty, so that the chunk alone is attended. Never required, and faster.
       last: no chunk of this prompt follows. Codes are built, of all but the recent window. Centroids of the prompt
         are means over the tokens held then, set once for each sequence: later prompts and new tokens use them too.
-        The query centroid is the mean over this last chunk's queries.
 
     Returns:
       Output [B,N,H,D] in query's dtype (undefined at padding), and the new cache.
@@ -224,34 +226,41 @@ def prefill(
     cache = append(cache, key, value, new_tokens)
     with jax.named_scope("prefill_attention"):
         out = prefill_attention(query, cache.keys, cache.values, start, fresh=fresh, softmax_scale=head_dim**-0.5)
-    if cache.codes is not None and last:
-        if config is None:
-            raise ValueError("config is None, but the cache has codes: pass the RaBitQConfig it was made with")
-        with jax.named_scope("build_codes"):
-            cache = _set_prompt_centroids(cache, query, new_tokens)
+    if cache.codes is None:
+        return out, cache
+    if config is None:
+        raise ValueError("config is None, but the cache has codes: pass the RaBitQConfig it was made with")
+    with jax.named_scope("build_codes"):
+        if cache.codes.query_centroid is not None:
+            cache = _update_query_centroid(cache, query, start, new_tokens)
+        if last:
+            if cache.codes.key_centroids.shape[2] == 1:
+                cache = _set_prompt_centroid(cache)
             cache = _quantize_full_blocks(cache, config, max_blocks=cache.capacity // config.interval)
     return out, cache
 
 
-def _set_prompt_centroids(cache: LayerCache, query, new_tokens) -> LayerCache:
-    """Set the centroids that are means over the prompt, in sequences that have no codes yet."""
+def _set_prompt_centroid(cache: LayerCache) -> LayerCache:
+    """c_k: the mean of the keys held, in sequences that have no codes yet."""
     assert cache.codes is not None
-    codes, first = cache.codes, (cache.quantized == 0)[:, None, None]
-    if codes.key_centroids.shape[2] == 1:
-        held = jnp.arange(cache.capacity) < cache.length[:, None]
-        total = jnp.einsum("bt,bktd->bkd", held.astype(jnp.float32), jnp.where(held[:, None, :, None], cache.keys, 0))
-        mean = (total / jnp.maximum(cache.length, 1)[:, None, None]).astype(codes.key_centroids.dtype)
-        codes = dataclasses.replace(
-            codes, key_centroids=jnp.where(first[..., None], mean[:, :, None], codes.key_centroids)
-        )
-    if codes.query_centroid is not None:
-        real = jnp.arange(query.shape[1]) < new_tokens[:, None]
-        grouped = query.reshape(*query.shape[:2], cache.keys.shape[1], -1, query.shape[-1])
-        per_head = jnp.mean(grouped.astype(jnp.float32), axis=3)
-        total = jnp.einsum("bnkd->bkd", jnp.where(real[..., None, None], per_head, 0))
-        mean = total / jnp.maximum(new_tokens, 1)[:, None, None]
-        codes = dataclasses.replace(codes, query_centroid=jnp.where(first, mean, codes.query_centroid))
-    return dataclasses.replace(cache, codes=codes)
+    held = jnp.arange(cache.capacity) < cache.length[:, None]
+    total = jnp.einsum("bt,bktd->bkd", held.astype(jnp.float32), jnp.where(held[:, None, :, None], cache.keys, 0))
+    mean = (total / jnp.maximum(cache.length, 1)[:, None, None])[:, :, None]
+    old = cache.codes.key_centroids
+    new = jnp.where((cache.quantized == 0)[:, None, None, None], mean.astype(old.dtype), old)
+    return dataclasses.replace(cache, codes=dataclasses.replace(cache.codes, key_centroids=new))
+
+
+def _update_query_centroid(cache: LayerCache, query, start, new_tokens) -> LayerCache:
+    """c_q: the running mean of the prompt's queries, all query heads of a kv head together, until there are codes."""
+    assert cache.codes is not None and cache.codes.query_centroid is not None
+    real = (jnp.arange(query.shape[1]) < new_tokens[:, None])[..., None, None]
+    grouped = query.reshape(*query.shape[:2], cache.keys.shape[1], -1, query.shape[-1])
+    total = jnp.sum(jnp.where(real, jnp.mean(grouped.astype(jnp.float32), axis=3), 0), axis=1)
+    old = cache.codes.query_centroid
+    before, after = start[:, None, None], jnp.maximum(start + new_tokens, 1)[:, None, None]
+    new = jnp.where((cache.quantized == 0)[:, None, None], (old * before + total) / after, old)
+    return dataclasses.replace(cache, codes=dataclasses.replace(cache.codes, query_centroid=new))
 
 
 def _check_heads(query, key, value, cache: LayerCache):

@@ -1,0 +1,201 @@
+"""The two jitted programs of generation: one prefill chunk, and a loop of decode steps. Both reuse the cache they get."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rabitq_jax import attention
+from rabitq_jax.cache import Cache
+from rabitq_jax.config import RaBitQConfig
+from rabitq_jax.sampling import Sampling, sample
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepStats:
+    """What decode steps attended and read. N steps, L layers; zero in steps after a sequence's end.
+
+    Attributes:
+      length: int32 [B,N], tokens in the cache, the step's own included.
+      kept: int32 [B,N,L,K], tokens attended by each kv head.
+      mass: float32 [B,N,L], share of the estimated attention mass in the kept tokens, mean over query heads.
+      bytes_read, bytes_dense: float32 [B,N,L], bytes of the cache that the step reads, and that dense attention would.
+    """
+
+    length: jax.Array
+    kept: jax.Array
+    mass: jax.Array
+    bytes_read: jax.Array
+    bytes_dense: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeState:
+    """State of the decode loop.
+
+    Attributes:
+      cache: holds the prompt and the first `step` generated tokens.
+      token: int32 [B], the token to feed next.
+      finished: bool [B], an EOS token has been fed.
+      finite: bool [B], no NaN or infinity so far in attention outputs or logits.
+      step: int32 [], steps done.
+      tokens: int32 [B,N], generated tokens; `step` of them are final, and one more is there if step < N.
+      lengths: int32 [B], tokens generated, EOS included.
+      stats: StepStats of N steps.
+    """
+
+    cache: Cache
+    token: jax.Array
+    finished: jax.Array
+    finite: jax.Array
+    step: jax.Array
+    tokens: jax.Array
+    lengths: jax.Array
+    stats: StepStats
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "config", "fresh", "last"), donate_argnames=("cache", "hidden"))
+def prefill_chunk(
+    graphdef, params, cache: Cache, hidden, tokens, new_tokens, total_length, *,
+    config: RaBitQConfig | None, fresh: bool, last: bool,
+):  # fmt: skip
+    """Append one chunk of the prompts to the cache.
+
+    Args:
+      hidden: [B,hidden], final hidden state of each sequence's last token so far.
+      tokens: int32 [B,C]; the first new_tokens[b] are real.
+      total_length: int32 [B], tokens in the cache after the last chunk.
+      fresh, last: as in `attention.prefill`.
+
+    Returns:
+      cache, hidden.
+    """
+    model = nnx.merge(graphdef, params)
+
+    def attend(layer, query, key, value, layer_cache):
+        del layer
+        out, layer_cache = attention.prefill(
+            query, key, value, layer_cache, config, new_tokens=new_tokens, fresh=fresh, last=last
+        )
+        return out, layer_cache, None
+
+    start = cache.length
+    positions = start[:, None] + jnp.arange(tokens.shape[1])
+    out, layers, _ = model(tokens, positions, total_length, cache.layers, attend)
+    last_out = jnp.take_along_axis(out, jnp.maximum(new_tokens - 1, 0)[:, None, None], axis=1)[:, 0]
+    hidden = jnp.where((new_tokens > 0)[:, None], last_out, hidden)
+    return dataclasses.replace(cache, layers=layers), hidden
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "num_steps"), donate_argnames=("cache",))
+def start_decoding(graphdef, params, cache: Cache, hidden, key, *, sampling: Sampling, num_steps: int) -> DecodeState:
+    """Sample the first token of every sequence from the prompt's last hidden state."""
+    logits = nnx.merge(graphdef, params).logits(hidden)
+    token = sample(logits, sampling, _step_keys(key, 0)[0])
+    batch, kv_heads = cache.layers[0].keys.shape[:2]
+    shape = (batch, num_steps, len(cache.layers))
+    return DecodeState(
+        cache=cache,
+        token=token,
+        finished=jnp.zeros((batch,), bool),
+        finite=jnp.all(jnp.isfinite(logits), axis=-1),
+        step=jnp.int32(0),
+        tokens=jnp.zeros((batch, num_steps), jnp.int32).at[:, 0].set(token),
+        lengths=jnp.ones((batch,), jnp.int32),
+        stats=StepStats(
+            length=jnp.zeros(shape[:2], jnp.int32),
+            kept=jnp.zeros((*shape, kv_heads), jnp.int32),
+            mass=jnp.zeros(shape, jnp.float32),
+            bytes_read=jnp.zeros(shape, jnp.float32),
+            bytes_dense=jnp.zeros(shape, jnp.float32),
+        ),
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "config", "sampling", "eos_token_ids"), donate_argnames=("state",)
+)
+def decode_steps(
+    graphdef, params, state: DecodeState, key, stop, *,
+    config: RaBitQConfig | None, sampling: Sampling, eos_token_ids: tuple[int, ...],
+):  # fmt: skip
+    """Decode until step `stop` (int32 [], at most N), or until every sequence is finished.
+
+    Step i feeds token i, which has been sampled, and samples token i + 1: when the loop ends, the cache holds all the
+    tokens that were generated.
+
+    Returns:
+      state, and (tokens so far [B,N], lengths [B], finished [B]) once more, so that they can be read while the next
+      call, which takes the state's buffers, is under way.
+    """
+
+    def step(state):
+        return _decode_step(nnx.merge(graphdef, params), state, key, config, sampling, eos_token_ids)
+
+    state = jax.lax.while_loop(lambda s: (s.step < stop) & ~jnp.all(s.finished), step, state)
+    copy = jax.tree.map(jnp.copy, (state.tokens, state.lengths, state.finished))
+    return state, copy
+
+
+def _step_keys(key, step):
+    """PRNG keys of a step: for sampling its token, and for rounding its queries."""
+    return jax.random.split(jax.random.fold_in(key, step))
+
+
+def _decode_step(model, state: DecodeState, key, config, sampling, eos_token_ids) -> DecodeState:
+    active = ~state.finished
+    rounding_key = _step_keys(key, state.step)[1]
+
+    def attend(layer, query, new_key, value, layer_cache):
+        out, layer_cache, stats = attention.decode(
+            query[:, 0], new_key[:, 0], value[:, 0], layer_cache, config,
+            prng_key=jax.random.fold_in(rounding_key, layer), active=active,
+        )  # fmt: skip
+        return out[:, None], layer_cache, stats
+
+    length = state.cache.length
+    hidden, layers, layer_stats = model(
+        state.token[:, None], length[:, None], length + active, state.cache.layers, attend
+    )
+    logits = model.logits(hidden[:, 0])
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    for stats in layer_stats:
+        finite &= stats.finite
+
+    finished = state.finished
+    for eos in eos_token_ids:
+        finished |= state.token == eos
+    token = sample(logits, sampling, _step_keys(key, state.step + 1)[0])
+    room = state.step + 1 < state.tokens.shape[1]
+    goes_on = ~finished & room
+    following = jnp.minimum(state.step + 1, state.tokens.shape[1] - 1)
+    return DecodeState(
+        cache=dataclasses.replace(state.cache, layers=layers),
+        token=token,
+        finished=finished,
+        finite=state.finite & (finite | ~active),
+        step=state.step + 1,
+        tokens=state.tokens.at[:, following].set(jnp.where(goes_on, token, state.tokens[:, following])),
+        lengths=state.lengths + goes_on,
+        stats=_record(state.stats, state.step, layer_stats, active),
+    )
+
+
+def _record(stats: StepStats, step, layer_stats, active) -> StepStats:
+    """Write one step's stats of all layers into column `step`, for the active sequences."""
+    now = StepStats(
+        length=layer_stats[0].length,
+        kept=jnp.stack([s.kept for s in layer_stats], axis=1),
+        mass=jnp.stack([jnp.mean(s.mass, axis=-1) for s in layer_stats], axis=1),
+        bytes_read=jnp.stack([s.bytes_read for s in layer_stats], axis=1),
+        bytes_dense=jnp.stack([s.bytes_dense for s in layer_stats], axis=1),
+    )
+
+    def write(history, new):
+        return history.at[:, step].set(jnp.where(active.reshape(-1, *(1,) * (new.ndim - 1)), new, 0).astype(history.dtype))
+
+    return jax.tree.map(write, stats, now)
