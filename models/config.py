@@ -122,7 +122,7 @@ class LlamaConfig:
             mlp_bias=_read(hf, "mlp_bias", bool, False),
             tie_embeddings=_read(hf, "tie_word_embeddings", bool, False),
             bos_token_id=_read(hf, "bos_token_id", int, None),
-            eos_token_ids=read_eos_token_ids(hf),
+            eos_token_ids=eos_token_ids(hf),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class LlamaConfig:
         }
 
 
-def read_eos_token_ids(hf: dict[str, Any]) -> tuple[int, ...]:
+def eos_token_ids(hf: dict[str, Any]) -> tuple[int, ...]:
     """The tokens that end a text by a config.json or generation_config.json: a number, a list of numbers or null.
 
     Raises:

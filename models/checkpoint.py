@@ -1,0 +1,196 @@
+"""Weights of a Llama model from and to safetensors files with Hugging Face's tensor names."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from models.config import LlamaConfig
+from models.folder import read_json
+from models.llama import Llama
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+BYTES_PER_VALUE = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies, and what its file's header says of it (dtype in safetensors' spelling)."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * BYTES_PER_VALUE[self.dtype]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter of the model and the tensor that it is stored as."""
+
+    path: tuple[Any, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def tensor_name(self) -> str:
+        name = ".".join(map(str, self.path))
+        return name if self.path[0] == "lm_head" else f"model.{name}"
+
+    @property
+    def transposed(self) -> bool:
+        return len(self.shape) == 2 and self.path[0] != "embed_tokens"
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        return self.shape[::-1] if self.transposed else self.shape
+
+
+def load_model(folder: str | Path, config: LlamaConfig, *, dtype=jnp.bfloat16, progress: bool = True) -> Llama:
+    """Build a model from model.safetensors, or from the shards that model.safetensors.index.json names.
+
+    All tensors' names, shapes and dtypes are checked before the first is read. They are then read one at a time, and
+    transposed and converted on the device: beyond the model, memory holds one tensor.
+
+    Args:
+      dtype: of the model: bfloat16, float16 or float32; the files may hold any of these.
+      progress: show a progress bar on standard error.
+
+    Raises:
+      ValueError: there are no weights, a file is missing, truncated or corrupt, the index names a file outside the
+        folder, or tensors are missing, unknown, or of the wrong shape or dtype; the message names it.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype}")
+    model = Llama.abstract(config, dtype=dtype)
+    state = nnx.state(model)
+    variables = dict(nnx.to_flat_state(state))
+    parameters = [Parameter(path, variable.shape) for path, variable in variables.items()]
+    stored = _stored_tensors(Path(folder))
+    _check_tensors(stored, parameters, config, Path(folder))
+    parameters.sort(key=lambda parameter: (stored[parameter.tensor_name].file, parameter.tensor_name))
+    total = sum(stored[parameter.tensor_name].nbytes for parameter in parameters)
+    with tqdm(total=total, desc="Loading", unit="B", unit_scale=True, disable=not progress) as bar:
+        for parameter in parameters:
+            tensor = stored[parameter.tensor_name]
+            variables[parameter.path].set_value(_load(tensor, transpose=parameter.transposed, dtype=dtype))
+            bar.update(tensor.nbytes)
+    nnx.update(model, state)
+    return model
+
+
+def save_pretrained(model: Llama, folder: str | Path) -> None:
+    """Write config.json and model.safetensors, to be read by `load_pretrained` or by transformers.
+
+    The host's memory holds a copy of the model meanwhile.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        parameter = Parameter(path, variable.shape)
+        array = np.asarray(variable.get_value())
+        # safetensors writes the buffer as it lies in memory, whatever the strides.
+        tensors[parameter.tensor_name] = np.ascontiguousarray(array.T if parameter.transposed else array)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    content = model.config.to_hf() | {"torch_dtype": model.dtype.name}
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    if (folder / WEIGHTS).is_file():
+        return _read_header(folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{folder} has no weights in safetensors format: neither {WEIGHTS} nor {INDEX}")
+    file_of = _read_weight_map(folder)
+    headers = {file: _read_header(folder / file) for file in sorted(set(file_of.values()))}
+    for name, file in file_of.items():
+        if name not in headers[file]:
+            raise ValueError(f"{folder / INDEX} says that tensor {name} is in {file}, which does not hold it")
+    return {name: headers[file][name] for name, file in file_of.items()}
+
+
+def _read_weight_map(folder: Path) -> dict[str, str]:
+    """The index: tensor name -> name of a file that lies directly in the folder."""
+    file_of = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+        raise ValueError(f"{folder / INDEX} must hold 'weight_map', an object of tensor names and file names")
+    for file in sorted(set(file_of.values())):
+        if file in ("", ".", "..") or "/" in file or "\\" in file:
+            raise ValueError(f"{folder / INDEX} names {file!r}, which is not a file directly in its folder: refused")
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder / INDEX} names {file!r}, which does not exist")
+    return file_of
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    with _open(file) as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+        return {
+            name: StoredTensor(name, file, header.get_dtype(), tuple(header.get_shape()))
+            for name, header in slices.items()
+        }
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+
+
+def _check_tensors(
+    stored: dict[str, StoredTensor], parameters: list[Parameter], config: LlamaConfig, folder: Path
+) -> None:
+    expected = {parameter.tensor_name for parameter in parameters}
+    missing = sorted(expected - set(stored))
+    unknown = sorted(name for name in set(stored) - expected if not _is_redundant(name, config))
+    if missing or unknown:
+        problems = [f"{kind} {_listing(names)}" for kind, names in (("lack", missing), ("also hold", unknown)) if names]
+        raise ValueError(f"the weights in {folder} do not fit config.json: they {' and '.join(problems)}")
+    for parameter in parameters:
+        tensor = stored[parameter.tensor_name]
+        if tensor.shape != parameter.tensor_shape:
+            raise ValueError(
+                f"tensor {tensor.name} in {tensor.file} has shape {tensor.shape}, by config.json it must be "
+                f"{parameter.tensor_shape}"
+            )
+        if tensor.dtype not in BYTES_PER_VALUE:
+            raise ValueError(
+                f"tensor {tensor.name} in {tensor.file} has dtype {tensor.dtype}, it must be one of "
+                f"{sorted(BYTES_PER_VALUE)}"
+            )
+
+
+def _is_redundant(name: str, config: LlamaConfig) -> bool:
+    """Whether a stored tensor repeats what the configuration or another tensor says."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings)
+
+
+def _listing(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _load(tensor: StoredTensor, *, transpose: bool, dtype) -> jax.Array:
+    # The file is opened anew for each tensor: pages of it that were read stay in memory while it is open.
+    with _open(tensor.file) as tensors:
+        array = jax.device_put(tensors.get_tensor(tensor.name))
+    return jax.block_until_ready(_convert(array, transpose=transpose, dtype=dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("transpose", "dtype"))
+def _convert(array: jax.Array, *, transpose: bool, dtype) -> jax.Array:
+    return (array.T if transpose else array).astype(dtype)
