@@ -97,7 +97,12 @@ def init_layer_cache(
     Raises:
       ValueError: a size is not positive, or the capacity is not a multiple of 512 and of the interval.
     """
-    for name, value in (("batch", batch), ("capacity", capacity), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+    for name, value in (
+        ("batch", batch),
+        ("capacity", capacity),
+        ("num_kv_heads", num_kv_heads),
+        ("head_dim", head_dim),
+    ):
         if value < 1:
             raise ValueError(f"{name} must be positive, got {value}")
     if capacity != round_capacity(capacity, config):

@@ -194,7 +194,9 @@ def _update_codes_pallas(keys, codes: KeyCodes, first_block, stop_block, *, inte
 UPDATE_IMPLEMENTATIONS = {"xla": update_codes_reference, "pallas": _update_codes_pallas}
 
 
-def update_codes(keys, codes: KeyCodes, first_block, stop_block, *, interval: int, max_blocks: int, implementation=None):
+def update_codes(
+    keys, codes: KeyCodes, first_block, stop_block, *, interval: int, max_blocks: int, implementation=None
+):
     """Quantize blocks [first_block, stop_block) of every sequence; the other codes stay as they are.
 
     Args:

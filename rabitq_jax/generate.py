@@ -9,13 +9,12 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from rabitq_jax._dispatch import on_gpu
 from rabitq_jax.cache import AttentionShape, Cache, init_cache, round_capacity
 from rabitq_jax.config import RaBitQConfig
-from rabitq_jax.decoding import DecodeState, StepStats, decode_steps, prefill_chunk, start_decoding
+from rabitq_jax.decoding import DecodeState, ModelDefinition, StepStats, decode_steps, prefill_chunk, start_decoding
 from rabitq_jax.sampling import Sampling
 
 Tokens = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
@@ -135,17 +134,17 @@ def generate(
         cache = init_cache(model.config, len(prompts), capacity, config, dtype=model.dtype)
     eos = model.config.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
 
-    graphdef, params = nnx.split(model)
+    definition, params = ModelDefinition.split(model)
     begin = time.perf_counter()
     hidden = jnp.zeros((len(prompts), model.config.hidden_size), model.dtype)
-    cache, hidden = _prefill(graphdef, params, cache, hidden, prompts, held, config=config, progress=progress)
+    cache, hidden = _prefill(definition, params, cache, hidden, prompts, held, config=config, progress=progress)
     # A power of two, so that few programs serve all values of max_new_tokens.
     num_steps = 1 << (max_new_tokens - 1).bit_length()
-    state = start_decoding(graphdef, params, cache, hidden, key, sampling=sampling, num_steps=num_steps)
+    state = start_decoding(definition, params, cache, hidden, key, sampling=sampling, num_steps=num_steps)
     jax.block_until_ready(state.token)
     prefilled = time.perf_counter()
     run = lambda state, stop: decode_steps(  # noqa: E731
-        graphdef, params, state, key, jnp.int32(stop), config=config, sampling=sampling, eos_token_ids=eos
+        definition, params, state, key, jnp.int32(stop), config=config, sampling=sampling, eos_token_ids=eos
     )
     if on_token is None:
         state, _ = run(state, max_new_tokens)
@@ -197,7 +196,7 @@ def _check_cache(cache: Cache, batch: int, capacity: int | None, model: Decoder,
         )
 
 
-def _prefill(graphdef, params, cache, hidden, prompts, held, *, config, progress):
+def _prefill(definition, params, cache, hidden, prompts, held, *, config, progress):
     """Feed the prompts chunk by chunk; shorter ones end early. Returns the cache and the last hidden states."""
     prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     longest = int(prompt_lengths.max())
@@ -208,7 +207,7 @@ def _prefill(graphdef, params, cache, hidden, prompts, held, *, config, progress
             tokens = padded[:, start : start + chunk]
             size = tokens.shape[1]
             cache, hidden = prefill_chunk(
-                graphdef, params, cache, hidden,
+                definition, params, cache, hidden,
                 np.pad(tokens, ((0, 0), (0, _padded_size(size) - size))),
                 np.clip(prompt_lengths - start, 0, size),
                 held + prompt_lengths,
