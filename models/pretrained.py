@@ -38,13 +38,14 @@ def load_pretrained(
       ValueError: there is no such folder or repository, or a file in it is missing, malformed or not supported; the
         message names it.
     """
-    folder = _find_folder(path_or_hub_id, revision)
+    folder = find_folder(path_or_hub_id, revision)
     config = read_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
     return load_model(folder, config, dtype=dtype, progress=progress), tokenizer
 
 
-def _find_folder(path_or_hub_id: str | Path, revision: str | None) -> Path:
+def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint; a repository of the hub is downloaded. Arguments and errors as in `load_pretrained`."""
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder

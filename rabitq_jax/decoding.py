@@ -31,6 +31,16 @@ class StepStats:
     bytes_read: jax.Array
     bytes_dense: jax.Array
 
+    @property
+    def kept_fraction(self):
+        """float [B,N], share of the cache's tokens attended, mean over layers and kv heads."""
+        return self.kept.mean(axis=(2, 3)) / self.length.clip(1)
+
+    @property
+    def bytes_read_fraction(self):
+        """float [B,N], bytes that the step reads of the caches, over those that dense attention would read."""
+        return self.bytes_read.sum(axis=2) / self.bytes_dense.sum(axis=2).clip(1)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """`generate`: prompts in, tokens out, with a RaBitQ cache between."""
 
 import dataclasses
-import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -12,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rabitq_jax._dispatch import on_gpu
+from rabitq_jax._stopwatch import Stopwatch
 from rabitq_jax.cache import AttentionShape, Cache, init_cache, round_capacity
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.decoding import DecodeState, ModelDefinition, StepStats, decode_steps, prefill_chunk, start_decoding
@@ -59,7 +59,8 @@ class Generation:
       cache: holds the prompt and all generated tokens: pass it to the next call to go on.
       stats: `StepStats` of N steps; step i is the one that reads the cache for the token after token i.
       finite: bool [B]; False says that NaN or infinity came up in attention or logits, and that the text is worthless.
-      prefill_seconds, decode_seconds: wall time, compilation included.
+      prefill_seconds, decode_seconds: wall time, without compiling.
+      compile_seconds: what tracing and compiling took, in both.
     """
 
     tokens: np.ndarray
@@ -69,6 +70,7 @@ class Generation:
     finite: np.ndarray
     prefill_seconds: float
     decode_seconds: float
+    compile_seconds: float
 
 
 def generate(
@@ -127,7 +129,7 @@ def generate(
         )
     if needed > model.config.max_position:
         warnings.warn(
-            f"prompt and new tokens reach position {needed}; the model was made for {model.config.max_position}",
+            f"prompt and new tokens make {needed} positions; the model was made for {model.config.max_position}",
             stacklevel=2,
         )
     if cache is None:
@@ -135,23 +137,38 @@ def generate(
     eos = model.config.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
 
     definition, params = ModelDefinition.split(model)
-    begin = time.perf_counter()
     hidden = jnp.zeros((len(prompts), model.config.hidden_size), model.dtype)
-    cache, hidden = _prefill(definition, params, cache, hidden, prompts, held, config=config, progress=progress)
     # A power of two, so that few programs serve all values of max_new_tokens.
     num_steps = 1 << (max_new_tokens - 1).bit_length()
-    state = start_decoding(definition, params, cache, hidden, key, sampling=sampling, num_steps=num_steps)
-    jax.block_until_ready(state.token)
-    prefilled = time.perf_counter()
-    run = lambda state, stop: decode_steps(  # noqa: E731
-        definition, params, state, key, jnp.int32(stop), config=config, sampling=sampling, eos_token_ids=eos
+
+    def run(state, stop):
+        return decode_steps(
+            definition, params, state, key, jnp.int32(stop), config=config, sampling=sampling, eos_token_ids=eos
+        )
+
+    prefill_watch, decode_watch = Stopwatch(), Stopwatch()
+    with prefill_watch:
+        cache, hidden = _prefill(definition, params, cache, hidden, prompts, held, config=config, progress=progress)
+        state = start_decoding(definition, params, cache, hidden, key, sampling=sampling, num_steps=num_steps)
+        jax.block_until_ready(state.token)
+    with decode_watch:
+        if on_token is None:
+            state, _ = run(state, max_new_tokens)
+        else:
+            state = _stream(run, state, max_new_tokens, on_token)
+        jax.block_until_ready(state.tokens)
+    lengths = np.minimum(np.asarray(state.lengths), max_new_tokens)
+    generated = np.asarray(state.tokens)[:, :max_new_tokens]
+    return Generation(
+        tokens=np.where(np.arange(max_new_tokens) < lengths[:, None], generated, 0),
+        lengths=lengths,
+        cache=state.cache,
+        stats=jax.tree.map(lambda x: np.asarray(x)[:, :max_new_tokens], state.stats),
+        finite=np.asarray(state.finite),
+        prefill_seconds=prefill_watch.seconds,
+        decode_seconds=decode_watch.seconds,
+        compile_seconds=prefill_watch.compile_seconds + decode_watch.compile_seconds,
     )
-    if on_token is None:
-        state, _ = run(state, max_new_tokens)
-    else:
-        state = _stream(run, state, max_new_tokens, on_token)
-    jax.block_until_ready(state.tokens)
-    return _finish(state, max_new_tokens, prefilled - begin, time.perf_counter() - prefilled)
 
 
 def _as_prompts(tokens: Tokens, vocab_size: int) -> list[np.ndarray]:
@@ -247,17 +264,3 @@ def _stream(run, state: DecodeState, max_new_tokens: int, on_token) -> DecodeSta
         report(step, tokens, lengths)
         tokens, lengths, finished = following
     return state
-
-
-def _finish(state: DecodeState, max_new_tokens: int, prefill_seconds: float, decode_seconds: float) -> Generation:
-    lengths = np.minimum(np.asarray(state.lengths), max_new_tokens)
-    tokens = np.asarray(state.tokens)[:, :max_new_tokens]
-    return Generation(
-        tokens=np.where(np.arange(max_new_tokens) < lengths[:, None], tokens, 0),
-        lengths=lengths,
-        cache=state.cache,
-        stats=jax.tree.map(lambda x: np.asarray(x)[:, :max_new_tokens], state.stats),
-        finite=np.asarray(state.finite),
-        prefill_seconds=prefill_seconds,
-        decode_seconds=decode_seconds,
-    )

@@ -1,0 +1,156 @@
+"""The command line: `rabitq-jax generate` and `rabitq-jax inspect`."""
+
+import sys
+import warnings
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models import Llama, LlamaConfig, TextStream, Tokenizer, load_pretrained
+from models.folder import read_config
+from models.pretrained import find_folder
+from rabitq_jax.cache import init_cache, round_capacity
+from rabitq_jax.config import RaBitQConfig
+from rabitq_jax.generate import Generation, generate
+from rabitq_jax.sampling import Sampling
+
+DEFAULT = RaBitQConfig()
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def main() -> None:
+    """Run the command line; what is wrong with a checkpoint, a prompt or an option is told in one line."""
+    warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
+    try:
+        commands(prog_name="rabitq-jax")
+    except ValueError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="rabitq-jax")
+def commands() -> None:
+    """Long-context decoding with a RaBitQ cache."""
+
+
+model_option = click.option(
+    "--model", required=True, help="Folder of a Llama checkpoint in Hugging Face format, or a hub id (owner/name)."
+)
+dtype_option = click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
+
+
+@commands.command("generate")
+@model_option
+@click.option(
+    "--prompt-file", required=True, type=click.File(encoding="utf-8"), help="Text file; - for standard input."
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option(
+    "--top-p", default=DEFAULT.top_p, show_default=True, help="Share of the attention mass to keep, in (0, 1]."
+)
+@click.option("--dense", is_flag=True, help="Attend to everything, without codes.")
+@click.option(
+    "--dense-layers", default=DEFAULT.dense_layers, show_default=True, help="First layers that attend densely."
+)
+@click.option("--chat", is_flag=True, help="Send the prompt as a user's message, by the checkpoint's chat template.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--sample-top-k", type=int, help="Draw among the k most likely tokens.")
+@click.option("--sample-top-p", type=float, help="Draw among the tokens that hold this share of the probability.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of sampling and rounding.")
+@click.option("--ignore-eos", is_flag=True, help="Do not stop at an end-of-text token.")
+@dtype_option
+def generate_command(
+    model, prompt_file, max_new_tokens, top_p, dense, dense_layers, chat, temperature, sample_top_k, sample_top_p, seed,
+    ignore_eos, dtype,
+) -> None:  # fmt: skip
+    """Continue a text. The text goes to standard output, everything else to standard error."""
+    config = None if dense else RaBitQConfig(top_p=top_p, dense_layers=dense_layers)
+    sampling = Sampling(temperature=temperature, top_k=sample_top_k, top_p=sample_top_p)
+    decoder, tokenizer = load_pretrained(model, dtype=jnp.dtype(dtype))
+    prompt = encode_prompt(tokenizer, prompt_file.read(), chat=chat)
+    printer = Printer(tokenizer)
+    out = generate(
+        decoder, prompt, config,
+        max_new_tokens=max_new_tokens, key=jax.random.key(seed), sampling=sampling,
+        eos_token_ids=() if ignore_eos else tokenizer.eos_token_ids, on_token=printer, progress=True,
+    )  # fmt: skip
+    printer.finish()
+    click.echo(summarize(out, len(prompt)), err=True)
+    if not out.finite.all():
+        raise ValueError("NaN or infinity came up in attention or logits: the text means nothing")
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, *, chat: bool) -> list[int]:
+    """Token ids of a prompt."""
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}]) if chat else tokenizer.encode(text)
+
+
+class Printer:
+    """Prints the text of one sequence as its tokens come."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._stream = TextStream(tokenizer)
+
+    def __call__(self, step: int, tokens: np.ndarray) -> None:
+        if tokens[0] >= 0:
+            click.echo(self._stream.feed(tokens[0]), nl=False)
+
+    def finish(self) -> None:
+        click.echo(self._stream.finish())
+
+
+def summarize(out: Generation, prompt_tokens: int) -> str:
+    """The closing line: tokens, rates, and how much of the cache was attended and read."""
+    new_tokens, stats = int(out.lengths[0]), out.stats
+    layers, kv_heads = stats.kept.shape[2:]
+    kept = stats.kept.sum() / (stats.length.sum() * layers * kv_heads)
+    read = stats.bytes_read.sum() / stats.bytes_dense.sum()
+    return (
+        f"{prompt_tokens:,} prompt tokens, {new_tokens:,} new | prefill {prompt_tokens / out.prefill_seconds:,.0f} "
+        f"tokens/s, decode {new_tokens / out.decode_seconds:,.1f} tokens/s (compiling, {out.compile_seconds:.1f} s, apart) "
+        f"| kept {kept:.1%} of tokens, read {read:.1%} of dense attention's bytes"
+    )
+
+
+@commands.command("inspect")
+@model_option
+@click.option("--context", type=click.IntRange(min=1), help="Tokens in the cache; the model's range by default.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@dtype_option
+def inspect_command(model, context, batch, dtype) -> None:
+    """Show a model, the size of its cache for a context, and what the codes add to it."""
+    config = read_config(find_folder(model))
+    decoder = Llama.abstract(config, dtype=jnp.dtype(dtype))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder)))
+    click.echo(f"model         {model}")
+    click.echo(
+        f"parameters    {parameters / 1e9:,.3f} billion, {gigabytes(parameters * decoder.dtype.itemsize)} in {dtype}"
+    )
+    click.echo(f"layers        {config.num_layers}, hidden {config.hidden_size}, MLP {config.mlp_size}")
+    click.echo(
+        f"heads         {config.num_heads} query, {config.num_kv_heads} key-value, of {config.head_dim} dimensions"
+    )
+    click.echo(f"vocabulary    {config.vocab_size:,}{', tied embeddings' if config.tie_embeddings else ''}")
+    click.echo(f"positions     {config.max_position:,}, rope {config.rope.kind}, theta {config.rope.theta:g}")
+
+    capacity = round_capacity(context or config.max_position, DEFAULT)
+    dense, coded = (cache_bytes(config, batch, capacity, rabitq, decoder.dtype) for rabitq in (None, DEFAULT))
+    click.echo(f"cache         {gigabytes(dense)} for {batch} x {capacity:,} tokens in {dtype}")
+    click.echo(
+        f"codes         {gigabytes(coded - dense)} more, {(coded - dense) / dense:.1%} of the cache, in "
+        f"{max(0, config.num_layers - DEFAULT.dense_layers)} of {config.num_layers} layers"
+    )
+
+
+def cache_bytes(config: LlamaConfig, batch: int, capacity: int, rabitq: RaBitQConfig | None, dtype) -> int:
+    """Bytes of a cache that is not made."""
+    cache = jax.eval_shape(lambda: init_cache(config, batch, capacity, rabitq, dtype=dtype))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.3f} GB"
