@@ -169,14 +169,23 @@ class RMSNorm(nnx.Module):
 
 def causal_attention(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: None) -> tuple[jax.Array, None, None]:
     """An `Attend` for whole sequences without a cache: exact causal attention, for training and tests."""
-    with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True), cache, None
+    batch, length, heads, head_dim = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
+    precision = _precision(q.dtype)
+    scores = jnp.einsum("bnkgd,btkd->bkgnt", grouped, k, precision=precision, preferred_element_type=jnp.float32)
+    visible = jnp.tril(jnp.ones((length, length), bool))
+    weights = jax.nn.softmax(jnp.where(visible, scores * head_dim**-0.5, -jnp.inf), axis=-1)
+    out = jnp.einsum("bkgnt,btkd->bnkgd", weights.astype(v.dtype), v, precision=precision)
+    return out.reshape(q.shape), cache, None
 
 
 def _matmul(x, weight, dtype):
+    return jnp.matmul(x, weight, precision=_precision(x.dtype), preferred_element_type=dtype)
+
+
+def _precision(dtype) -> str | None:
     # By default GPUs multiply float32 in TF32, with 10 bits of mantissa.
-    precision = "highest" if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, weight, precision=precision, preferred_element_type=dtype)
+    return "highest" if dtype == jnp.float32 else None
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype) -> jax.Array:
