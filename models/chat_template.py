@@ -29,7 +29,7 @@ def read_chat_template(folder: Path) -> str | None:
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = read_json_if_there(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
         template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
     if template is not None and not isinstance(template, str):
         raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template must be a text, got {template!r}")

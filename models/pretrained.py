@@ -45,7 +45,7 @@ def load_pretrained(
 
 
 def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint; a repository of the hub is downloaded. Arguments and errors: see `load_pretrained`."""
+    """The folder of a checkpoint; a repository of the hub is downloaded. Arguments, errors: see `load_pretrained`."""
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder
