@@ -14,7 +14,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.core  ## dense and RaBitQ decoding of a long text, side by side, on the CPU
-	$(BIN)/python demo/run.py
+	$(BIN)/python -m demo.run
 
 test: $(VENV)/.test  ## the test suite on the CPU; tests that need a GPU are skipped
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

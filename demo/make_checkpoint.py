@@ -1,103 +1,81 @@
-"""A small Llama checkpoint in Hugging Face format, with random weights whose attention is peaked.
+"""A Llama checkpoint in Hugging Face format, with random weights whose attention is peaked.
 
 Plain random projections give logits of about unit spread, hence attention that is nearly flat over a long context, and
 Top-p would have to keep most of it. Trained heads are peaked. So the query and key projections are made larger: with an
 input of unit mean square, their outputs have standard deviation `sharpness`, and the logits q.k / sqrt(head_dim) about
 `sharpness` squared.
 
-    python demo/make_checkpoint.py demo/out/checkpoint
+    python -m demo.make_checkpoint demo/out/checkpoint
 """
 
-import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import save_file
+import click
+import jax.numpy as jnp
+from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from models import Llama, LlamaConfig, RopeConfig, save_pretrained
+
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
+SHAPES = {
+    "demo": LlamaConfig(
+        vocab_size=258,
+        hidden_size=256,
+        mlp_size=512,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        norm_eps=1e-5,
+        max_position=131072,
+        rope=RopeConfig(theta=500000.0),
+    ),
+    "llama-3.2-1b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        mlp_size=8192,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+        norm_eps=1e-5,
+        max_position=131072,
+        rope=RopeConfig(kind="llama3", theta=500000.0, factor=32.0, original_max_position=8192),
+        tie_embeddings=True,
+    ),
+}
 
 
 def make_checkpoint(
-    folder: str | Path,
-    *,
-    seed: int = 0,
-    sharpness: float = 2.0,
-    hidden: int = 256,
-    layers: int = 4,
-    heads: int = 8,
-    kv_heads: int = 2,
-    head_dim: int = 64,
-    mlp: int = 512,
-    max_position: int = 131072,
+    folder: str | Path, config: LlamaConfig, *, dtype=jnp.float32, sharpness: float = 2.0, seed: int = 0
 ) -> Path:
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files; return the folder."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    model = Llama(config, dtype=dtype, rngs=nnx.Rngs(seed))
     tokenizer = byte_tokenizer()
-    vocabulary = tokenizer.get_vocab_size()
+    _rescale(model, sharpness)
+    head = model.embed_tokens if config.tie_embeddings else model.lm_head
+    # The score of zeros is never the largest of many, so that greedy text is printable and does not end early.
+    columns = jnp.isin(jnp.arange(config.vocab_size), jnp.array(_printable_ids(tokenizer)))
+    head.weight.set_value(head.weight[...] * (columns[:, None] if config.tie_embeddings else columns))
+    save_pretrained(model, folder)
     special = {"bos_token_id": tokenizer.token_to_id(BEGIN), "eos_token_id": tokenizer.token_to_id(END)}
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": max_position,
-        "rope_theta": 500000.0,
-        "rope_scaling": None,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        **special,
-    }
-    _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", {"do_sample": False, **special})
+    _write_json(folder / "tokenizer_config.json", {"bos_token": BEGIN, "eos_token": END})
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": BEGIN,
-            "eos_token": END,
-            "model_max_length": max_position,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
-
-    rng = np.random.default_rng(seed)
-
-    def projection(outputs: int, inputs: int, spread: float = 1.0) -> np.ndarray:
-        return (rng.standard_normal((outputs, inputs)) * spread / np.sqrt(inputs)).astype(np.float32)
-
-    weights = {"model.embed_tokens.weight": rng.standard_normal((vocabulary, hidden)).astype(np.float32)}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        weights |= {
-            prefix + "input_layernorm.weight": np.ones(hidden, np.float32),
-            prefix + "self_attn.q_proj.weight": projection(heads * head_dim, hidden, sharpness),
-            prefix + "self_attn.k_proj.weight": projection(kv_heads * head_dim, hidden, sharpness),
-            prefix + "self_attn.v_proj.weight": projection(kv_heads * head_dim, hidden),
-            prefix + "self_attn.o_proj.weight": projection(hidden, heads * head_dim),
-            prefix + "post_attention_layernorm.weight": np.ones(hidden, np.float32),
-            prefix + "mlp.gate_proj.weight": projection(mlp, hidden),
-            prefix + "mlp.up_proj.weight": projection(mlp, hidden),
-            prefix + "mlp.down_proj.weight": projection(hidden, mlp),
-        }
-    weights["model.norm.weight"] = np.ones(hidden, np.float32)
-    weights["lm_head.weight"] = projection(vocabulary, hidden, 4.0)
-    # A row of zeros is never the largest of many logits, so that greedy text is printable and does not end early.
-    weights["lm_head.weight"][_unprintable_ids(tokenizer)] = 0
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def _rescale(model: Llama, sharpness: float) -> None:
+    """Give every projection outputs of unit mean square for such inputs, times `sharpness` for queries and keys."""
+    for path, parameter in nnx.to_flat_state(nnx.state(model)):
+        if len(parameter.shape) == 2:
+            weight = parameter.get_value()
+            spread = sharpness if "q_proj" in path or "k_proj" in path else 1.0
+            inputs = 1 if "embed_tokens" in path else weight.shape[0]
+            parameter.set_value((weight * (spread / inputs**0.5 / jnp.std(weight))).astype(weight.dtype))
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -113,18 +91,23 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _unprintable_ids(tokenizer: Tokenizer) -> list[int]:
-    printable = {tokenizer.encode(chr(code), add_special_tokens=False).ids[0] for code in range(32, 127)}
-    return sorted(set(range(tokenizer.get_vocab_size())) - printable)
+def _printable_ids(tokenizer: Tokenizer) -> list[int]:
+    return [tokenizer.encode(chr(code), add_special_tokens=False).ids[0] for code in range(32, 127)]
 
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
+@click.command(help=__doc__.split("\n")[0])
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="demo", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--sharpness", default=2.0, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(folder: Path, shape: str, dtype: str, sharpness: float, seed: int) -> None:
+    click.echo(make_checkpoint(folder, SHAPES[shape], dtype=jnp.dtype(dtype), sharpness=sharpness, seed=seed))
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    print(make_checkpoint(arguments.folder, seed=arguments.seed))
+    main()
