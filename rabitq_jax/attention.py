@@ -82,13 +82,21 @@ def decode(
     else:
         if config is None:
             raise ValueError("config is None, but the cache has codes: pass the RaBitQConfig it was made with")
-        out, stats = _attend_selected(grouped, cache, config, softmax_scale, prng_key)
+        out, stats = attend_selected(grouped, cache, config, softmax_scale, prng_key)
         cache = _quantize_full_blocks(cache, config, max_blocks=1)
     return out.reshape(query.shape).astype(query.dtype), cache, stats
 
 
-def _attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key):
-    """query [B,K,G,D] -> float32 [B,K,G,D], DecodeStats."""
+def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key):
+    """Attention over the tokens that Top-p selects from a cache that already holds the new token.
+
+    Args:
+      query: [B,K,G,D].
+      cache: with codes.
+
+    Returns:
+      float32 [B,K,G,D] and stats.
+    """
     assert cache.codes is not None
     with jax.named_scope("proxy_scores"):
         quantized = key_codes.quantize_query(
