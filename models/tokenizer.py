@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from models.chat_template import read_chat_template, render_chat
 from models.folder import read_eos_token_ids, read_json_if_there
@@ -55,15 +54,8 @@ class Tokenizer:
             **_read_special_tokens(read_json_if_there(folder / "special_tokens_map.json")),
             **_read_special_tokens(config),
         }
-        backend = _read_backend(folder / "tokenizer.json")
-        if "add_bos_token" in config or "add_eos_token" in config:
-            backend.post_processor = _frame(
-                backend,
-                begin=special_tokens.get("bos_token") if config.get("add_bos_token") else None,
-                end=special_tokens.get("eos_token") if config.get("add_eos_token") else None,
-            )
         return cls(
-            backend,
+            _read_backend(folder / "tokenizer.json"),
             special_tokens=special_tokens,
             eos_token_ids=read_eos_token_ids(folder),
             chat_template=read_chat_template(folder),
@@ -83,7 +75,10 @@ class Tokenizer:
         return self._chat_template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; by default between the special tokens that the checkpoint puts around a text."""
+        """Token ids of a text; by default with the special tokens that tokenizer.json puts around a text.
+
+        As in transformers, it has the last word: add_bos_token and add_eos_token of tokenizer_config.json are not read.
+        """
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -181,13 +176,3 @@ def _read_special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if token is not None:
             special_tokens[role] = token
     return special_tokens
-
-
-def _frame(backend: tokenizers.Tokenizer, *, begin: str | None, end: str | None) -> TemplateProcessing:
-    """A post-processor that puts special tokens around a text."""
-    special = {token: backend.token_to_id(token) for token in (begin, end) if token is not None}
-    unknown = [token for token, token_id in special.items() if token_id is None]
-    if unknown:
-        raise ValueError(f"tokenizer_config.json names special tokens that tokenizer.json lacks: {unknown}")
-    single = [token for token in (begin, "$A", end) if token is not None]
-    return TemplateProcessing(single=single, special_tokens=list(special.items()))

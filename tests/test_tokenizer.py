@@ -34,20 +34,10 @@ def test_decode_gives_the_text_back(tokenizer):
     assert tokenizer.decode([]) == ""
 
 
-@pytest.mark.parametrize(
-    ("config", "around"),
-    [
-        ({"add_bos_token": True}, ([256], [])),
-        ({"add_bos_token": False}, ([], [])),
-        ({"add_bos_token": True, "add_eos_token": True}, ([256], [257])),
-        ({"add_eos_token": True, "bos_token": None}, ([], [257])),
-        ({}, ([256], [])),
-    ],
-)
-def test_tokenizer_config_says_which_tokens_stand_around_a_text(config, around, tmp_path):
-    tokenizer = Tokenizer.from_folder(write_tokenizer(tmp_path, **config))
-    begin, end = around
-    assert tokenizer.encode("a") == [*begin, *tokenizer.encode("a", add_special_tokens=False), *end]
+@pytest.mark.parametrize("value", [True, False])
+def test_special_tokens_around_a_text_are_those_of_tokenizer_json_alone(value, tokenizer, tmp_path):
+    other = Tokenizer.from_folder(write_tokenizer(tmp_path, add_bos_token=value, add_eos_token=value))
+    assert other.encode("a") == tokenizer.encode("a")
 
 
 def test_long_prompts_are_not_cut_or_padded(tmp_path):
@@ -86,7 +76,6 @@ def test_special_tokens_map_fills_what_tokenizer_config_leaves_out(tmp_path):
         ("tokenizer.json", '{"version": ', "tokenizer.json is not a valid tokenizer"),
         ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
         ("tokenizer_config.json", '{"bos_token": 3}', "bos_token must be a text, got 3"),
-        ("tokenizer_config.json", '{"bos_token": "<x>", "add_bos_token": true}', r"tokenizer.json lacks: \['<x>'\]"),
         ("tokenizer_config.json", '{"chat_template": 3}', "chat_template must be"),
         ("tokenizer_config.json", '{"chat_template": ["a"]}', "chat_template must be"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id must be"),
@@ -156,10 +145,8 @@ def test_templates_may_ask_for_the_date():
 def test_stream_gives_whole_characters(tokenizer):
     stream = TextStream(tokenizer)
     pieces = [stream.feed(token) for token in tokenizer.encode(TEXT)]
-    assert "".join(pieces) == TEXT
-    assert stream.finish() == ""
-    assert set("".join(pieces)) == set(TEXT)
     assert [piece for piece in pieces if piece] == list(TEXT)
+    assert stream.finish() == ""
 
 
 def test_stream_takes_several_tokens_at_once(tokenizer):
