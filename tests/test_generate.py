@@ -24,6 +24,7 @@ MODEL_CONFIG = LlamaConfig(
 )
 CONFIG = RaBitQConfig(top_p=0.8, sink=4, recent=16, interval=32, dense_layers=1)
 EXACT = dataclasses.replace(CONFIG, top_p=1.0)
+KERNELS = {"scores": "popcount", "select": "pallas", "attend": "pallas", "quantize": "pallas"}
 KEY = jax.random.key(0)
 
 
@@ -61,6 +62,14 @@ def test_greedy_tokens_equal_those_of_whole_forward_passes(model, config):
     assert out.lengths[0] == 16 and out.finite[0]
     assert out.cache.length[0] == 136
     np.testing.assert_allclose(out.stats.kept_fraction, 1.0)
+
+
+@pytest.mark.kernel
+def test_kernels_give_the_tokens_of_dense_attention(model):
+    exact = dataclasses.replace(EXACT, **KERNELS)
+    out = generate(model, prompt(120), exact, max_new_tokens=16, key=KEY)
+    np.testing.assert_array_equal(out.tokens, generate(model, prompt(120), None, max_new_tokens=16, key=KEY).tokens)
+    assert out.finite[0]
 
 
 def test_a_sequence_of_a_ragged_batch_gets_the_tokens_that_it_gets_alone(model):
@@ -242,7 +251,14 @@ def test_300_steps_across_blocks_compile_once(model):
     assert state.cache.layers[1].quantized.tolist() == [384, 320]
 
 
-@pytest.mark.parametrize("config", [None, CONFIG], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(None, id="dense"),
+        pytest.param(CONFIG, id="sparse"),
+        pytest.param(dataclasses.replace(CONFIG, **KERNELS), id="kernels", marks=pytest.mark.gpu),
+    ],
+)
 def test_a_decode_step_does_not_copy_the_cache(model, config):
     definition, params, state = decode_state(model, config, capacity=8192, num_steps=8)
     cache_bytes, layer_shape = state.cache.nbytes, state.cache.layers[1].keys.shape
