@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.shapes import LARGE, SMALL, Shape
 
-SHAPES = [pytest.param(s, id=str(s)) for s in SMALL] + [pytest.param(s, id=str(s), marks=pytest.mark.gpu) for s in LARGE]
+SHAPES = [pytest.param(s, id=str(s)) for s in SMALL]
+SHAPES += [pytest.param(s, id=str(s), marks=pytest.mark.gpu) for s in LARGE]
 
 
 def lengths(shape: Shape, seed: int = 0) -> jax.Array:

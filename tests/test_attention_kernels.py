@@ -21,8 +21,12 @@ def random_scores(shape, sigma, seed):
     return sigma * jax.random.normal(key, (shape.batch, shape.kv_heads, shape.group, shape.tokens))
 
 
+# One compiled program for every distribution of scores at a shape.
+select_top_p = jax.jit(top_p.select_top_p, static_argnames=("sink", "top_p", "implementation"))
+
+
 def select(implementation, scores, exact_lse, quantized, length, sink, p):
-    chosen = top_p.select_top_p(scores, exact_lse, quantized, length, sink=sink, top_p=p, implementation=implementation)
+    chosen = select_top_p(scores, exact_lse, quantized, length, sink=sink, top_p=p, implementation=implementation)
     return jax.tree.map(np.asarray, chosen)
 
 
@@ -34,27 +38,26 @@ def sets(selection):
     return [set(entries.tolist()) for entries in lists]
 
 
-def head_masses(scores, exact_lse, quantized, sink, chosen):
-    """Share of the mass that the union's tokens hold, in float64, for every query head."""
-    scores = np.asarray(scores, np.float64)
-    batch, kv_heads, group, _ = scores.shape
-    shares = np.zeros((batch, kv_heads, group))
-    for b, k in np.ndindex(batch, kv_heads):
-        scored = np.arange(sink, max(int(quantized[b]), sink))
-        kept = np.isin(scored, list(chosen[b * kv_heads + k]))
-        for g in range(group):
-            z = scores[b, k, g, scored]
-            peak = max(z.max(initial=-np.inf), float(exact_lse[b, k, g]))
-            mass, exact = np.exp(z - peak), np.exp(float(exact_lse[b, k, g]) - peak)
-            shares[b, k, g] = (exact + mass[kept].sum()) / (exact + mass.sum())
-    return shares
+def shares_of_best(logits, exact_lse):
+    """Share of a head's mass in its exact tokens and its n best scored ones, for n from 0 to all, in float64."""
+    logits = -np.sort(-logits.astype(np.float64))
+    peak = max(logits.max(initial=-np.inf), exact_lse)
+    if peak == -np.inf:
+        return np.ones(1)
+    held = np.exp(exact_lse - peak) + np.concatenate([[0.0], np.cumsum(np.exp(logits - peak))])
+    return held / held[-1]
+
+
+def raise_odds(p, nats):
+    """The share whose odds p / (1 - p) are exp(nats) times those of p."""
+    return p * np.exp(nats) / (1 - p + p * np.exp(nats))
 
 
 @pytest.mark.parametrize("sigma", [0.0, 1.0, 4.0, 30.0])
 @pytest.mark.parametrize("scope", ["all", "scored"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_selection_holds_the_mass_and_little_more(shape, scope, sigma):
-    p, sink = 0.9, 5
+    p, sink, bin_width = 0.9, 5, 1 / 32
     scores = random_scores(shape, sigma, seed=2)
     length = lengths(shape, seed=2)
     quantized = length // 128 * 128 - 128
@@ -63,14 +66,32 @@ def test_selection_holds_the_mass_and_little_more(shape, scope, sigma):
     kernel = select("pallas", scores, exact_lse, quantized, length, sink, p)
     for minimal, chosen in zip(sets(reference), sets(kernel), strict=True):
         assert minimal <= chosen
-    assert head_masses(scores, exact_lse, quantized, sink, sets(kernel)).min() >= p
-    assert head_masses(scores, exact_lse, quantized, sink, sets(reference)).min() >= p - 1e-5
-    # Nothing that the definition drops at a p one bin's width of mass higher is kept: exp(1/32) = 1.032 on either side.
-    wider_p = p * 1.07 / (1 - p + p * 1.07)
-    wider = select("xla", scores + 0.0, exact_lse, quantized, length, sink, wider_p)
-    if sigma > 0:
-        assert np.all(kernel.scored <= wider.scored * 1.1 + 40 * shape.tokens / 1024)
-    np.testing.assert_allclose(kernel.mass, np.maximum(kernel.mass, p - 1e-4))
+
+    # The kernel stops at the first bin after which the kept bins' lower edges hold p against the dropped bins' upper
+    # edges. One bin earlier they do not; each edge is off by at most exp(bin_width), so the share kept there is below
+    # the one that has exp(2 bin_width) times the odds of p (1.0001: the kernel's slack, and float32 sums). At that
+    # higher share the definition keeps the last bin's best token, and the rest of the bin is within one bin_width.
+    # (What lies more than 32 nats below the best score has one bin, and no weight.)
+    higher_p = raise_odds(1.0001 * p, 2 * bin_width)
+    scores, exact_lse = np.asarray(scores), np.asarray(exact_lse)
+    for (b, k), chosen in zip(np.ndindex(kernel.counts.shape), sets(kernel), strict=True):
+        is_scored = np.zeros(shape.tokens, bool)
+        is_scored[sink : quantized[b]] = True
+        attended = ~is_scored & (np.arange(shape.tokens) < length[b])
+        for g in range(shape.group):
+            logits = scores[b, k, g, is_scored]
+            share = shares_of_best(logits, exact_lse[b, k, g])
+            best, kept = -np.sort(-logits), kernel.scored[b, k, g]
+            assert share[kept] >= p
+            assert share[reference.scored[b, k, g]] >= p - 1e-5
+            at_higher_p = np.searchsorted(share, higher_p)
+            assert kept <= (0 if at_higher_p == 0 else np.sum(best >= best[at_higher_p - 1] - bin_width - 1e-4))
+            # A bin counts with its middle: off by at most exp(bin_width) between what is kept and what is dropped.
+            assert raise_odds(share[kept], -bin_width) - 1e-5 <= kernel.mass[b, k, g]
+            assert raise_odds(share[kept], bin_width) + 1e-5 >= kernel.mass[b, k, g]
+            if kept:
+                attended |= is_scored & (scores[b, k, g] >= best[kept - 1])
+        assert chosen == set(np.flatnonzero(attended).tolist())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -154,7 +175,7 @@ def test_gathered_attention(shape, dtype, tolerance):
 def test_gathered_attention_equals_softmax_over_the_list(implementation):
     """Against a few lines of float64 NumPy that share no code with the reference."""
     rng = np.random.default_rng(8)
-    query, keys, values = rng.normal(size=(1, 2, 3, 32)), rng.normal(size=(1, 2, 512, 32)), rng.normal(size=(1, 2, 512, 32))
+    query, keys, values = (rng.normal(size=(1, 2, n, 32)) for n in (3, 512, 512))
     indices = np.stack([rng.permutation(512) for _ in range(2)])[None]
     counts = np.array([[300, 31]])
     got = gathered_attention.gathered_attention(
@@ -173,14 +194,17 @@ def test_gathered_attention_shows_a_nan(implementation):
     ones = jnp.ones((1, 1, 512, 32))
     keys = ones.at[0, 0, 100, 3].set(jnp.nan)
     lists = jnp.arange(512, dtype=jnp.int32)[None, None]
-    attend = lambda n: gathered_attention.gathered_attention(  # noqa: E731
-        ones[:, :, :2], keys, ones, lists, jnp.array([[n]], jnp.int32), softmax_scale=1.0, implementation=implementation
-    )
+
+    def attend(n):
+        count = jnp.array([[n]], jnp.int32)
+        return gathered_attention.gathered_attention(
+            ones[:, :, :2], keys, ones, lists, count, softmax_scale=1.0, implementation=implementation
+        )
+
     assert np.all(np.isnan(attend(101))) and np.all(np.isfinite(attend(100)))
 
 
-@pytest.mark.parametrize("query_centroid", ["none", "prompt"])
-@pytest.mark.parametrize("key_centroid", ["block", "prompt"])
+@pytest.mark.parametrize("key_centroid,query_centroid", [("block", "none"), ("prompt", "prompt")])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantize_keys(shape, key_centroid, query_centroid):
     config = RaBitQConfig(key_centroid=key_centroid, query_centroid=query_centroid, interval=64)
@@ -220,9 +244,7 @@ def test_quantize_keys(shape, key_centroid, query_centroid):
     np.testing.assert_array_equal(np.asarray(pallas.bits)[~np.broadcast_to(changed[:, None], differ.shape)],
                                   np.asarray(noise)[~np.broadcast_to(changed[:, None], differ.shape)])  # fmt: skip
     assert np.all(differ[:, :, :64] == 0)
-    np.testing.assert_allclose(
-        xla.scale.astype(jnp.float32), pallas.scale.astype(jnp.float32), rtol=2**-6, atol=1e-3
-    )
+    np.testing.assert_allclose(xla.scale.astype(jnp.float32), pallas.scale.astype(jnp.float32), rtol=2**-6, atol=1e-3)
     if xla.bias is not None:
         assert pallas.bias is not None
         np.testing.assert_allclose(

@@ -1,0 +1,77 @@
+"""Every Pallas kernel lowers for a GPU where there is none: what Pallas cannot lower shows on any machine."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+from benchmarks.shapes import Shape
+from pallas_kernels import _pallas
+from rabitq_jax import codes, gathered_attention, scores, top_p
+from rabitq_jax.cache import init_layer_cache
+from rabitq_jax.config import RaBitQConfig
+from tests.kernel_cases import score_inputs
+
+pytestmark = pytest.mark.kernel
+
+SHAPES = [Shape(2, 2, 4, 1024, 128), Shape(3, 1, 5, 1536, 20), Shape(1, 2, 7, 512, 80)]
+INTERVAL = 64
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def kernel_text(monkeypatch, function, *arguments) -> str:
+    """The program for CUDA, its kernels lowered."""
+    monkeypatch.setattr(_pallas, "interpret", lambda: False)
+    # JAX 0.11 and newer lower a kernel for a device that is present or named.
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("gpu",), (AxisType.Auto,), abstract_device=device)):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("implementation", ["popcount", "int4"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_scores_lower(shape, implementation, bias, monkeypatch):
+    *arrays, _, shift = jax.eval_shape(functools.partial(score_inputs, shape, centroids=4, bias=bias))
+
+    def score(arrays, shift, length):
+        return scores.IMPLEMENTATIONS[implementation](*arrays, 0.125, shift, length=length)
+
+    text = kernel_text(monkeypatch, score, arrays, shift, array(shape.batch, dtype=jnp.int32))
+    assert f"{implementation}_scores" in text
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_selection_lowers(shape, monkeypatch):
+    select = functools.partial(top_p.select_top_p, sink=5, top_p=0.9, implementation="pallas")
+    heads, length = (shape.batch, shape.kv_heads, shape.group), array(shape.batch, dtype=jnp.int32)
+    text = kernel_text(monkeypatch, select, array(*heads, shape.tokens), array(*heads), length, length)
+    assert all(f"top_p_{stage}" in text for stage in ("histogram", "threshold", "mark", "write"))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gathered_attention_lowers(shape, dtype, monkeypatch):
+    attend = functools.partial(gathered_attention.gathered_attention, softmax_scale=0.1, implementation="pallas")
+    rows = (shape.batch, shape.kv_heads)
+    kv = array(*rows, shape.tokens, shape.head_dim, dtype=dtype)
+    indices, counts = array(*rows, shape.tokens, dtype=jnp.int32), array(*rows, dtype=jnp.int32)
+    query = array(*rows, shape.group, shape.head_dim, dtype=dtype)
+    text = kernel_text(monkeypatch, attend, query, kv, kv, indices, counts)
+    assert "gathered_attention" in text and "combine_splits" in text
+
+
+@pytest.mark.parametrize("key_centroid,query_centroid", [("block", "none"), ("prompt", "prompt")])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantize_keys_lowers(shape, key_centroid, query_centroid, monkeypatch):
+    config = RaBitQConfig(interval=INTERVAL, key_centroid=key_centroid, query_centroid=query_centroid)
+    sizes = (shape.batch, shape.tokens, shape.kv_heads, shape.head_dim)
+    cache = jax.eval_shape(functools.partial(init_layer_cache, *sizes, config))
+    update = functools.partial(codes.update_codes, interval=INTERVAL, max_blocks=4, implementation="pallas")
+    block = array(shape.batch, dtype=jnp.int32)
+    assert "quantize_keys" in kernel_text(monkeypatch, update, cache.keys, cache.codes, block, block)
