@@ -255,7 +255,7 @@ def _set_prompt_centroid(cache: LayerCache) -> LayerCache:
     total = jnp.einsum("bt,bktd->bkd", held.astype(jnp.float32), jnp.where(held[:, None, :, None], cache.keys, 0))
     mean = (total / jnp.maximum(cache.length, 1)[:, None, None])[:, :, None]
     old = cache.codes.key_centroids
-    new = jnp.where((cache.quantized == 0)[:, None, None, None], mean.astype(old.dtype), old)
+    new = jnp.where((cache.quantized == 0)[:, None, None, None], key_codes.round_to_bfloat16(mean), old)
     return dataclasses.replace(cache, codes=dataclasses.replace(cache.codes, key_centroids=new))
 
 

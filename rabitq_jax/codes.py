@@ -80,6 +80,11 @@ def unpack_signs(bits: jax.Array) -> jax.Array:
     return (2 * ones.astype(jnp.float32) - 1).reshape(*bits.shape[:-1], -1)
 
 
+def round_to_bfloat16(x: jax.Array) -> jax.Array:
+    """x in bfloat16. XLA leaves a plain cast out where the value goes back to float32 in the same program."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
+
+
 def encode_keys(keys, centroid, rotation, query_centroid=None):
     """Code keys against a centroid: the definition of a code.
 
@@ -155,7 +160,7 @@ def update_codes_reference(keys, codes: KeyCodes, first_block, stop_block, *, in
 
         new_keys = cut(keys, tokens, start * interval).reshape(keys.shape[0], max_blocks, interval, head_dim)
         if centroids.shape[1] > 1:
-            centroid = jnp.mean(new_keys.astype(jnp.float32), axis=2, keepdims=True).astype(centroids.dtype)
+            centroid = round_to_bfloat16(jnp.mean(new_keys.astype(jnp.float32), axis=2, keepdims=True))
             centroids = put(centroids, centroid[:, :, 0], start, changed)
         else:
             centroid = centroids[:, None]

@@ -1,6 +1,7 @@
 """RaBitQConfig: every choice of the algorithm, static and hashable, so that a jitted function can close over it."""
 
 import dataclasses
+import numbers
 import typing
 from typing import Literal
 
@@ -55,8 +56,8 @@ class RaBitQConfig:
     quantize: KernelImplementation | None = None
 
     def __post_init__(self):
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not isinstance(self.top_p, numbers.Real) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
         for name, lowest in (("sink", 0), ("recent", 1), ("interval", 1), ("dense_layers", 0), ("rotation_seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
