@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def environment() -> dict[str, str]:
-    """Device, versions, commit ("-dirty" where the tree has changes; "unknown" outside a git checkout), command, date."""
+    """Device, versions, commit ("-dirty": with changes; "unknown": not a git checkout), command, date."""
     return {
         "device": jax.devices()[0].device_kind,
         "processor": platform.machine(),

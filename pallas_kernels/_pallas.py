@@ -12,7 +12,7 @@ def interpret() -> bool:
 
 
 def call(kernel, *, name: str, num_warps: int = 4, num_stages: int = 2, **kwargs):
-    """pl.pallas_call with the Triton lowering named: without compiler_params the choice differs between JAX versions."""
+    """pl.pallas_call with the Triton lowering named: JAX versions differ in their choice without it."""
     params = plt.CompilerParams(num_warps=num_warps, num_stages=num_stages)
     return pl.pallas_call(kernel, name=name, compiler_params=params, interpret=interpret(), **kwargs)
 
@@ -34,7 +34,7 @@ def block_of(tokens: int, largest: int) -> int:
     return block
 
 
-def load_masked(ref, index, mask, other=0):
+def load_masked(ref, index, mask, other: float = 0):
     """Load `ref[index]` where mask holds, `other` elsewhere; index is a tuple of integer arrays of mask's shape."""
     return plt.load(ref.at[index], mask=mask, other=other)
 

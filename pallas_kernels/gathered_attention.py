@@ -20,8 +20,10 @@ PROGRAMS = 512
 LOWEST = -1e30
 
 
-def _attend_kernel(count_ref, query_ref, keys_ref, values_ref, indices_ref, peak_ref, total_ref, out_ref, *, splits, tile,
-                   softmax_scale):  # fmt: skip
+def _attend_kernel(
+    count_ref, query_ref, keys_ref, values_ref, indices_ref, peak_ref, total_ref, out_ref,
+    *, splits, tile, softmax_scale,
+):  # fmt: skip
     """count [], query [M,Dp], keys and values [T,D], indices [S] -> peak and total [M], out [M,Dp] of this split."""
     head_dim = keys_ref.shape[1]
     rows, columns = query_ref.shape
@@ -50,7 +52,11 @@ def _attend_kernel(count_ref, query_ref, keys_ref, values_ref, indices_ref, peak
         out = out * decay[:, None] + _pallas.dot(weights.astype(values.dtype), values)
         return new_peak, total * decay + jnp.sum(weights, axis=1), out
 
-    state = (jnp.full((rows,), LOWEST, jnp.float32), jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, columns), jnp.float32))
+    state = (
+        jnp.full((rows,), LOWEST, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows, columns), jnp.float32),
+    )
     peak_ref[...], total_ref[...], out_ref[...] = jax.lax.fori_loop(first, stop, attend_tile, state)
 
 

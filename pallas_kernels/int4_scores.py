@@ -44,7 +44,7 @@ def _kernel(length_ref, levels_ref, sums_ref, gain_ref, shift_ref, bits_ref, sca
 
 
 def proxy_scores(levels, bits, gain, scale, bias, bias_gain, shift, *, length):
-    """`rabitq_jax.scores.proxy_scores_reference` for the first length[b] tokens of each sequence; the rest is undefined.
+    """`rabitq_jax.scores.proxy_scores_reference` for the first length[b] tokens of sequence b; the rest is undefined.
 
     Raises:
       NotImplementedError: T is not a multiple of 16.

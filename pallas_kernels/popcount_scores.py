@@ -20,7 +20,7 @@ BLOCK_TOKENS = 512
 
 
 def bit_planes(levels: jax.Array) -> jax.Array:
-    """Bit planes of INT4 levels: int8 [..., 32 W] -> int32 [..., 4, W], two's complement, bit i of word w from 32 w + i."""
+    """Bit planes in two's complement: int8 [..., 32 W] -> int32 [..., 4, W], bit i of word w from level 32 w + i."""
     words = levels.reshape(*levels.shape[:-1], 1, -1, 32).astype(jnp.int32)
     plane = jnp.arange(4, dtype=jnp.int32)[:, None, None]
     ones = ((words >> plane) & 1).astype(jnp.uint32)
@@ -60,29 +60,30 @@ def _kernel(length_ref, planes_ref, sums_ref, gain_ref, shift_ref, bits_ref, sca
 
 
 def proxy_scores(levels, bits, gain, scale, bias, bias_gain, shift, *, length):
-    """`rabitq_jax.scores.proxy_scores_reference` for the first length[b] tokens of each sequence; the rest is undefined.
+    """`rabitq_jax.scores.proxy_scores_reference` for the first length[b] tokens of sequence b; the rest is undefined.
 
     Raises:
       NotImplementedError: T is not a multiple of 16.
     """
-    batch, kv_heads, group, _ = levels.shape
-    tokens = bits.shape[2]
-    block = _pallas.block_of(tokens, BLOCK_TOKENS)
+    group = levels.shape[2]
+    block = _pallas.block_of(bits.shape[2], BLOCK_TOKENS)
     # Population counts lower for int32 alone.
     inputs = [bit_planes(levels), jnp.sum(levels, axis=-1, dtype=jnp.int32), gain, shift]
     inputs += [jax.lax.bitcast_convert_type(bits, jnp.int32), scale] + ([] if bias is None else [bias])
-    return scores_call(functools.partial(_kernel, block=block, bias_gain=bias_gain), "popcount_scores", block, length, inputs,
-                       group)  # fmt: skip
+    kernel = functools.partial(_kernel, block=block, bias_gain=bias_gain)
+    return scores_call(kernel, "popcount_scores", block, length, inputs, group)
 
 
-def scores_call(kernel, name, block, length, inputs, group, *, num_warps=4):
-    """Launch a score kernel: one program a kv head and block of tokens; inputs are [B,K,...] and passed whole a head."""
+def scores_call(kernel, name, block, length, inputs, group):
+    """Launch a score kernel: a program for each kv head and block of tokens, which gets a head's inputs [...] whole."""
     batch, kv_heads, tokens = inputs[-1].shape
-    head = lambda shape: pl.BlockSpec((None, None, *shape), lambda row, i: (row // kv_heads, row % kv_heads, *(0,) * len(shape)))  # noqa: E731,E501
+
+    def head(shape):
+        return pl.BlockSpec((None, None, *shape), lambda row, i: (row // kv_heads, row % kv_heads, *(0,) * len(shape)))
+
     return _pallas.call(
         kernel,
         name=name,
-        num_warps=num_warps,
         grid=(batch * kv_heads, tokens // block),
         in_specs=[pl.BlockSpec((None,), lambda row, i: (row // kv_heads,))] + [head(x.shape[2:]) for x in inputs],
         out_specs=head((group, tokens)),

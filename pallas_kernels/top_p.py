@@ -6,8 +6,9 @@
     (XLA)       running sum of the counts over blocks: where each block's tokens go in the list
     write       program (kv head, block): the mask's tokens, to the list
 
-Counts are integers, so every run gives the same list. Mass is p or more whatever the rounding: a kept bin counts with its
-lower edge, a dropped one with its upper edge. The last bin holds everything more than 32 nats below the largest score.
+Counts are integers, so every run gives the same list. Mass is p or more whatever the rounding: a kept bin counts with
+its lower edge, a dropped one with its upper edge. The last bin holds everything more than 32 nats below the largest
+score.
 """
 
 import functools
@@ -15,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.ref import addupdate
 
 from pallas_kernels import _pallas
 
@@ -45,7 +47,7 @@ def _histogram_kernel(quantized_ref, peak_ref, scores_ref, _, counts_ref, *, blo
         scored = _scored(start + jnp.arange(block, dtype=jnp.int32), quantized, sink)
         for g in range(scores_ref.shape[0]):
             place = jnp.where(scored, bin_of(scores_ref[g, pl.ds(start, block)], peak_ref[g]), BINS)
-            jax.ref.addupdate(counts_ref, (g, place), jnp.ones((block,), jnp.int32))
+            addupdate(counts_ref, (g, place), jnp.ones((block,), jnp.int32))
 
 
 def _threshold_kernel(counts_ref, peak_ref, exact_lse_ref, kept_bins_ref, scored_ref, mass_ref, *, top_p):

@@ -5,9 +5,9 @@ Needs the extra `triton` and a GPU: importing jax_triton fails without them.
 
 import jax
 import jax.numpy as jnp
-import jax_triton
-import triton
-import triton.language as tl
+import jax_triton  # pyright: ignore[reportMissingImports]
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from pallas_kernels import _pallas
 from pallas_kernels.popcount_scores import BLOCK_TOKENS, bit_planes
@@ -49,7 +49,7 @@ def _kernel(
 
 
 def proxy_scores(levels, bits, gain, scale, bias, bias_gain, shift, *, length):
-    """`rabitq_jax.scores.proxy_scores_reference` for the first length[b] tokens of each sequence; the rest is undefined.
+    """`rabitq_jax.scores.proxy_scores_reference` for the first length[b] tokens of sequence b; the rest is undefined.
 
     Raises:
       NotImplementedError: T is not a multiple of 16.

@@ -28,10 +28,10 @@ class Stopwatch:
         self.compile_seconds = _covered(self._compiling)
         self.seconds = elapsed - self.compile_seconds
 
-    def _record(self, event: str, seconds: float, **_) -> None:
+    def _record(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
             now = time.perf_counter()
-            self._compiling.append((now - seconds, now))
+            self._compiling.append((now - duration_secs, now))
 
 
 def _covered(intervals: list[tuple[float, float]]) -> float:

@@ -241,9 +241,9 @@ def prefill(
     with jax.named_scope("build_codes"):
         if cache.codes.query_centroid is not None:
             cache = _update_query_centroid(cache, query, start, new_tokens)
+        if last and config.key_centroid == "prompt":
+            cache = _set_prompt_centroid(cache)
         if last:
-            if cache.codes.key_centroids.shape[2] == 1:
-                cache = _set_prompt_centroid(cache)
             cache = _quantize_full_blocks(cache, config, max_blocks=cache.capacity // config.interval)
     return out, cache
 
@@ -281,7 +281,8 @@ def _check_heads(query, key, value, cache: LayerCache):
         )
     if query.shape[0] != batch or query.shape[-1] != head_dim or query.shape[-2] % kv_heads:
         raise ValueError(
-            f"query must be [{batch}, ..., a multiple of {kv_heads} heads, {head_dim}] to fit the cache, got {query.shape}"
+            f"query must be [{batch}, ..., a multiple of {kv_heads} heads, {head_dim}] to fit the cache, "
+            f"got {query.shape}"
         )
     for name, array in (("query", query), ("key", key), ("value", value)):
         if not jnp.issubdtype(array.dtype, jnp.floating):

@@ -23,12 +23,13 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def main() -> None:
     """Run the command line; what is wrong with a checkpoint, a prompt or an option is told in one line."""
-    warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
-    try:
-        commands(prog_name="rabitq-jax")
-    except ValueError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+        try:
+            commands(prog_name="rabitq-jax")
+        except ValueError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(1)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -109,10 +110,11 @@ def summarize(out: Generation, prompt_tokens: int) -> str:
     layers, kv_heads = stats.kept.shape[2:]
     kept = stats.kept.sum() / (stats.length.sum() * layers * kv_heads)
     read = stats.bytes_read.sum() / stats.bytes_dense.sum()
+    prefill_rate, decode_rate = prompt_tokens / out.prefill_seconds, new_tokens / out.decode_seconds
     return (
-        f"{prompt_tokens:,} prompt tokens, {new_tokens:,} new | prefill {prompt_tokens / out.prefill_seconds:,.0f} "
-        f"tokens/s, decode {new_tokens / out.decode_seconds:,.1f} tokens/s (compiling, {out.compile_seconds:.1f} s, apart) "
-        f"| kept {kept:.1%} of tokens, read {read:.1%} of dense attention's bytes"
+        f"{prompt_tokens:,} prompt tokens, {new_tokens:,} new | prefill {prefill_rate:,.0f} tokens/s, "
+        f"decode {decode_rate:,.1f} tokens/s (compiling, {out.compile_seconds:.1f} s, apart) | "
+        f"kept {kept:.1%} of tokens, read {read:.1%} of dense attention's bytes"
     )
 
 

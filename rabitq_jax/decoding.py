@@ -1,4 +1,4 @@
-"""The two jitted programs of generation: one prefill chunk, and a loop of decode steps. Both reuse the cache they get."""
+"""The jitted programs of generation: a prefill chunk, and a loop of decode steps. They reuse the cache they get."""
 
 import dataclasses
 import functools
@@ -75,7 +75,7 @@ class ModelDefinition:
     milliseconds for 32 layers, which would be paid for every token.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, treedef: jax.tree_util.PyTreeDef):
+    def __init__(self, graphdef, treedef):
         self._parts = (graphdef, treedef)
         self._hash = hash(self._parts)
 

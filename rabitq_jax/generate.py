@@ -41,12 +41,12 @@ class Decoder(Protocol):
     states [B,N,hidden], the caches and the stats. `logits` maps hidden states to float32 [..., vocabulary].
     """
 
-    config: DecoderConfig
-
     @property
-    def dtype(self): ...
-    def __call__(self, tokens, positions, total_length, caches, attend): ...
-    def logits(self, hidden): ...
+    def config(self) -> DecoderConfig: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def __call__(self, tokens, positions, total_length, caches, attend) -> tuple: ...
+    def logits(self, hidden) -> jax.Array: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,8 +124,8 @@ def generate(
         capacity = round_capacity(needed, config)
     if needed > capacity:
         raise ValueError(
-            f"capacity is {capacity} tokens, but {needed} are needed: up to {held.max()} in the cache, a prompt of up to "
-            f"{max(map(len, prompts))}, and {max_new_tokens} new"
+            f"capacity is {capacity} tokens, but {needed} are needed: up to {held.max()} in the cache, a prompt of up "
+            f"to {max(map(len, prompts))}, and {max_new_tokens} new"
         )
     if needed > model.config.max_position:
         warnings.warn(
@@ -237,8 +237,8 @@ def _prefill(definition, params, cache, hidden, prompts, held, *, config, progre
 
 
 def _chunk_size(batch: int, *, fresh: bool) -> int:
-    """Tokens of a prefill chunk. On a GPU a new prompt goes through in one causal call, up to the memory that 128K tokens
-    of activations take; later chunks attend under a mask whose size grows with the chunk."""
+    """Tokens of a prefill chunk. On a GPU a new prompt goes through in one causal call, up to the memory that 128K
+    tokens of activations take; later chunks attend under a mask, whose size grows with the chunk."""
     if not on_gpu():
         return 512
     return max(2048, 131072 // batch) if fresh else 2048

@@ -3,7 +3,7 @@ import logging
 import jax
 import pytest
 
-# Without a CUDA build of jaxlib, JAX warns on a machine that has an NVIDIA driver; the CPU tests mean to run on the CPU.
+# Without a CUDA build of jaxlib, JAX warns on a machine that has an NVIDIA driver. The CPU tests mean to run on a CPU.
 logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
 
 

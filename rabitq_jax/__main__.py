@@ -1,0 +1,3 @@
+from rabitq_jax.cli import main
+
+main()

@@ -1,0 +1,98 @@
+"""The command line, run on a checkpoint in a folder."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from demo.make_checkpoint import SHAPES, make_checkpoint
+from rabitq_jax.cli import commands, main
+
+PROMPT = "We the People of the United States, in Order to form a more perfect Union, establish Justice. " * 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), SHAPES["demo"])
+
+
+@pytest.fixture(scope="module")
+def prompt_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompt") / "prompt.txt"
+    file.write_text(PROMPT)
+    return file
+
+
+def generate(folder, prompt_file, *options):
+    command = ["generate", "--model", str(folder), "--prompt-file", str(prompt_file), "--dtype", "float32"]
+    return CliRunner().invoke(commands, [*command, "--max-new-tokens", "8", *options], catch_exceptions=False)
+
+
+def test_generate_streams_text_and_ends_with_one_line(folder, prompt_file):
+    run = generate(folder, prompt_file, "--dense-layers", "1", "--top-p", "0.5")
+    assert run.exit_code == 0
+    assert re.fullmatch(r"[ -~]{8}\n", run.stdout)
+    assert "Loading: 100%" in run.stderr and "prefill: 100%" in run.stderr
+    tokens = len(PROMPT) + 1
+    closing = run.stderr.splitlines()[-1]
+    pattern = (
+        rf"{tokens:,} prompt tokens, 8 new \| prefill [\d,]+ tokens/s, decode [\d,.]+ tokens/s \(compiling, [\d.]+ s, "
+        r"apart\) \| kept ([\d.]+)% of tokens, read ([\d.]+)% of dense attention's bytes"
+    )
+    match = re.fullmatch(pattern, closing)
+    assert match, closing
+    assert 25 < float(match[1]) < 100 and 25 < float(match[2]) < 100
+
+
+def test_dense_and_p_one_print_the_same_text(folder, prompt_file):
+    dense, exact = generate(folder, prompt_file, "--dense"), generate(folder, prompt_file, "--top-p", "1")
+    assert dense.stdout == exact.stdout
+    assert "kept 100.0% of tokens, read 100.0%" in dense.stderr
+
+
+def test_the_seed_decides_what_is_drawn(folder, prompt_file):
+    draws = [generate(folder, prompt_file, "--dense", "--temperature", "1", "--seed", s).stdout for s in "112"]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_inspect_shows_model_cache_and_codes(folder):
+    command = ["inspect", "--model", str(folder), "--context", "8192", "--dtype", "bfloat16"]
+    run = CliRunner().invoke(commands, command, catch_exceptions=False)
+    # 4 layers, keys and values, 2 kv heads, 8192 tokens, 64 dimensions, 2 bytes.
+    assert f"cache         {4 * 2 * 2 * 8192 * 64 * 2 / 1e9:.3f} GB for 1 x 8,192 tokens in bfloat16" in run.output
+    assert re.search(r"codes         0\.00\d GB more, 2\.\d% of the cache, in 2 of 4 layers", run.output)
+    assert "8 query, 2 key-value, of 64 dimensions" in run.output
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--model", "no/such/folder"], "does not exist"),
+        (["--top-p", "1.5"], "top_p must be in (0, 1], got 1.5"),
+        (["--temperature", "-1"], "temperature must be"),
+        (["--chat"], "no chat template"),
+    ],
+)
+def test_errors_are_one_line(folder, prompt_file, arguments, message, monkeypatch, capsys):
+    command = ["rabitq-jax", "generate", "--model", str(folder), "--prompt-file", str(prompt_file), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("Error: ") and message in error
+
+
+def test_inspect_names_what_is_wrong_with_a_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["rabitq-jax", "inspect", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "config.json names neither architectures nor a model_type" in capsys.readouterr().err
+
+
+def test_runs_as_a_module():
+    run = subprocess.run([sys.executable, "-m", "rabitq_jax", "--help"], capture_output=True, text=True, check=True)
+    assert "generate" in run.stdout and "inspect" in run.stdout
