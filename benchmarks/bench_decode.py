@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import profiler
 
-from benchmarks.record import write_result
+from benchmarks.record import commit_option, write_result
 from benchmarks.shapes import Shape
 from rabitq_jax import attention
 from rabitq_jax.cache import LayerCache, init_layer_cache
@@ -91,7 +91,8 @@ def time_kernels(inputs, cache: LayerCache, config: RaBitQConfig) -> dict[str, f
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--sharpness", default=4.0, show_default=True)
 @click.option("--top-p", default=0.95, show_default=True)
-def main(sharpness: float, top_p: float) -> None:
+@commit_option
+def main(sharpness: float, top_p: float, commit: str) -> None:
     config = RaBitQConfig(top_p=top_p)
     rows = []
     for shape in SHAPES:
@@ -111,7 +112,7 @@ def main(sharpness: float, top_p: float) -> None:
             f"{row['shape']:<24} dense {row['dense_us']:7.1f} us   RaBitQ {row['rabitq_us']:7.1f} us   "
             f"{dense / sparse:5.2f} x   kept {row['kept']:.2%}   bytes {row['bytes_read']:.2%}"
         )
-    write_result("decode.json", {"sharpness": sharpness, "top_p": top_p, "steps": STEPS, "rows": rows})
+    write_result("decode.json", {"sharpness": sharpness, "top_p": top_p, "steps": STEPS, "rows": rows}, commit=commit)
 
 
 if __name__ == "__main__":

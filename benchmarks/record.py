@@ -7,34 +7,41 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import jax
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def environment() -> dict[str, str]:
-    """Device, versions, commit ("-dirty": with changes; "unknown": not a git checkout), command, date."""
+def commit_here() -> str:
+    """The commit of this checkout, "-dirty" with changes; "unknown" outside one."""
+    describe = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=RESULTS.parent, capture_output=True, text=True
+    )
+    return describe.stdout.strip() if describe.returncode == 0 else "unknown"
+
+
+commit_option = click.option(
+    "--commit", default=commit_here, help="Commit to note, where the code is a copy without its history."
+)
+
+
+def environment(commit: str) -> dict[str, str]:
+    """Device, versions, commit, command and date."""
     return {
         "device": jax.devices()[0].device_kind,
         "processor": platform.machine(),
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "commit": _commit(),
+        "commit": commit,
         "command": " ".join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
     }
 
 
-def write_result(name: str, content: dict) -> Path:
+def write_result(name: str, content: dict, *, commit: str) -> Path:
     """Write benchmarks/results/`name`, a JSON object: the environment, then the content."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / name
-    path.write_text(json.dumps({"environment": environment(), **content}, indent=1) + "\n")
+    path.write_text(json.dumps({"environment": environment(commit), **content}, indent=1) + "\n")
     return path
-
-
-def _commit() -> str:
-    describe = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=RESULTS.parent, capture_output=True, text=True
-    )
-    return describe.stdout.strip() if describe.returncode == 0 else "unknown"

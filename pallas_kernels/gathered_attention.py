@@ -44,7 +44,8 @@ def _attend_kernel(
         valid = slot < count
         index = _pallas.load_masked(indices_ref, (slot,), valid)
         logits = softmax_scale * _pallas.dot(query, load_rows(keys_ref, index, valid).T)
-        logits = jnp.where(valid[None, :], logits, LOWEST)
+        # Minus infinity comes from a key or query that is not finite, and would pass as a token without weight.
+        logits = jnp.where(valid[None, :], jnp.where(logits == -jnp.inf, jnp.nan, logits), LOWEST)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
         decay = jnp.exp(peak - new_peak)
         weights = jnp.where(valid[None, :], jnp.exp(logits - new_peak[:, None]), 0.0)

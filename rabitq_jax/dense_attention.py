@@ -20,7 +20,7 @@ def decode_attention(query, keys, values, length, *, softmax_scale: float) -> ja
       length: int32 [B], at least 1.
 
     Returns:
-      float32 [B,K,G,D].
+      float32 [B,K,G,D]; NaN where an attended logit is not finite.
     """
     visible = jnp.arange(keys.shape[2]) < length[:, None]
     logits = softmax_scale * _einsum("bkgd,bktd->bkgt", query, keys)

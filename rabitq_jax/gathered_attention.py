@@ -30,7 +30,8 @@ def gathered_attention_reference(query, keys, values, indices, counts, *, softma
         value = jnp.take_along_axis(values, index, axis=2).astype(jnp.float32)
         valid = valid[:, :, None, :]
         logits = softmax_scale * jnp.einsum("bkgd,bksd->bkgs", query, key, precision="highest")
-        logits = jnp.where(valid, logits, -jnp.inf)
+        # Minus infinity comes from a key or query that is not finite, and would pass as a token without weight.
+        logits = jnp.where(valid, jnp.where(logits == -jnp.inf, jnp.nan, logits), -jnp.inf)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1))
         weights = jnp.where(valid, jnp.exp(logits - new_peak[..., None]), 0)
         decay = jnp.where(total == 0, 0.0, jnp.exp(peak - new_peak))
@@ -62,7 +63,7 @@ def gathered_attention(query, keys, values, indices, counts, *, softmax_scale: f
       implementation: "xla", "pallas" or None.
 
     Returns:
-      float32 [B,K,G,D]; zero where the list is empty; NaN where an attended logit is NaN.
+      float32 [B,K,G,D]; zero where the list is empty; NaN where an attended logit is not finite.
 
     Raises:
       ValueError: shapes disagree.

@@ -190,9 +190,10 @@ def test_gathered_attention_equals_softmax_over_the_list(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
-def test_gathered_attention_shows_a_nan(implementation):
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_gathered_attention_shows_a_key_that_is_not_finite(implementation, bad):
     ones = jnp.ones((1, 1, 512, 32))
-    keys = ones.at[0, 0, 100, 3].set(jnp.nan)
+    keys = ones.at[0, 0, 100, 3].set(bad)
     lists = jnp.arange(512, dtype=jnp.int32)[None, None]
 
     def attend(n):

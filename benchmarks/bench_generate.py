@@ -1,0 +1,68 @@
+"""Rates of `generate` on a checkpoint, dense and with a RaBitQ cache, and what was read for it.
+
+    python -m demo.make_checkpoint FOLDER --shape llama-3.2-1b --dtype bfloat16
+    python -m benchmarks.bench_generate FOLDER           # writes benchmarks/results/generate.json
+
+Each kind of decoding runs twice; the second run, which compiles nothing, counts.
+"""
+
+from pathlib import Path
+
+import click
+import jax
+import jax.numpy as jnp
+
+from benchmarks.record import commit_option, write_result
+from models import load_pretrained
+from rabitq_jax import RaBitQConfig, generate
+
+TEXT = Path(__file__).parent.parent / "demo" / "constitution.txt"
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.argument("model")
+@click.option("--prompt-tokens", default=32768, show_default=True)
+@click.option("--new-tokens", default=128, show_default=True)
+@click.option("--top-p", default=0.95, show_default=True)
+@click.option("--dtype", default="bfloat16", show_default=True)
+@commit_option
+def main(model: str, prompt_tokens: int, new_tokens: int, top_p: float, dtype: str, commit: str) -> None:
+    decoder, tokenizer = load_pretrained(model, dtype=jnp.dtype(dtype))
+    text = tokenizer.encode(TEXT.read_text(encoding="utf-8"))
+    prompt = (text * (prompt_tokens // len(text) + 1))[:prompt_tokens]
+    rows = []
+    for name, config in (("dense", None), ("rabitq", RaBitQConfig(top_p=top_p))):
+        for _ in range(2):
+            out = generate(decoder, prompt, config, max_new_tokens=new_tokens, key=jax.random.key(0), eos_token_ids=())
+        rows.append(
+            {
+                "decoding": name,
+                "prefill_tokens_per_second": prompt_tokens / out.prefill_seconds,
+                "decode_tokens_per_second": new_tokens / out.decode_seconds,
+                "kept": float(out.stats.kept_fraction.mean()),
+                "bytes_read": float(out.stats.bytes_read_fraction.mean()),
+            }
+        )
+        click.echo(
+            "  ".join(
+                f"{key} {value if isinstance(value, str) else f'{value:,.4g}'}" for key, value in rows[-1].items()
+            )
+        )
+    shape = {"layers": decoder.config.num_layers, "heads": decoder.config.num_heads, "kv_heads": decoder.config.num_kv_heads,
+             "head_dim": decoder.config.head_dim, "hidden": decoder.config.hidden_size}  # fmt: skip
+    write_result(
+        "generate.json",
+        {
+            "model": shape,
+            "dtype": dtype,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+            "top_p": top_p,
+            "rows": rows,
+        },
+        commit=commit,
+    )
+
+
+if __name__ == "__main__":
+    main()
