@@ -16,6 +16,7 @@ from benchmarks.record import commit_option, write_result
 from models import load_pretrained
 from rabitq_jax import RaBitQConfig, generate
 
+SHAPE = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
 TEXT = Path(__file__).parent.parent / "demo" / "constitution.txt"
 
 
@@ -32,6 +33,7 @@ def main(model: str, prompt_tokens: int, new_tokens: int, top_p: float, dtype: s
     prompt = (text * (prompt_tokens // len(text) + 1))[:prompt_tokens]
     rows = []
     for name, config in (("dense", None), ("rabitq", RaBitQConfig(top_p=top_p))):
+        click.echo(name)
         for _ in range(2):
             out = generate(decoder, prompt, config, max_new_tokens=new_tokens, key=jax.random.key(0), eos_token_ids=())
         rows.append(
@@ -43,25 +45,10 @@ def main(model: str, prompt_tokens: int, new_tokens: int, top_p: float, dtype: s
                 "bytes_read": float(out.stats.bytes_read_fraction.mean()),
             }
         )
-        click.echo(
-            "  ".join(
-                f"{key} {value if isinstance(value, str) else f'{value:,.4g}'}" for key, value in rows[-1].items()
-            )
-        )
-    shape = {"layers": decoder.config.num_layers, "heads": decoder.config.num_heads, "kv_heads": decoder.config.num_kv_heads,
-             "head_dim": decoder.config.head_dim, "hidden": decoder.config.hidden_size}  # fmt: skip
-    write_result(
-        "generate.json",
-        {
-            "model": shape,
-            "dtype": dtype,
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-            "top_p": top_p,
-            "rows": rows,
-        },
-        commit=commit,
-    )
+        click.echo("  ".join(f"{key} {value:,.4g}" for key, value in rows[-1].items() if key != "decoding"))
+    shape = {name: getattr(decoder.config, name) for name in SHAPE}
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "dtype": dtype, "top_p": top_p}
+    write_result("generate.json", {"model": shape, **sizes, "rows": rows}, commit=commit)
 
 
 if __name__ == "__main__":
