@@ -24,6 +24,8 @@ def decode_attention(query, keys, values, length, *, softmax_scale: float) -> ja
     """
     visible = jnp.arange(keys.shape[2]) < length[:, None]
     logits = softmax_scale * _einsum("bkgd,bktd->bkgt", query, keys)
+    # Minus infinity comes from a key or query that is not finite, and would pass as a token without weight.
+    logits = jnp.where(logits == -jnp.inf, jnp.nan, logits)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, -jnp.inf), axis=-1)
     return _einsum("bkgt,bktd->bkgd", weights.astype(values.dtype), values)
 
