@@ -1,4 +1,4 @@
-"""Random inputs for the kernels, and the shapes they are tested at."""
+"""Random inputs for the kernels, the shapes they are tested at, and what a selection holds."""
 
 import jax
 import jax.numpy as jnp
@@ -33,3 +33,13 @@ def score_inputs(shape: Shape, *, centroids: int, bias: bool, seed: int = 0):
         0.125,
         jax.random.normal(keys[5], (*heads, centroids)),
     )
+
+
+def shares_of_best(logits, exact_lse):
+    """Share of a head's mass in its exact tokens and its n best scored ones, for n from 0 to all, in float64."""
+    logits = -np.sort(-logits.astype(np.float64))
+    peak = max(logits.max(initial=-np.inf), exact_lse)
+    if peak == -np.inf:
+        return np.ones(1)
+    held = np.exp(exact_lse - peak) + np.concatenate([[0.0], np.cumsum(np.exp(logits - peak))])
+    return held / held[-1]

@@ -11,7 +11,7 @@ from rabitq_jax import codes as key_codes
 from rabitq_jax import gathered_attention, top_p
 from rabitq_jax.cache import init_layer_cache
 from rabitq_jax.config import RaBitQConfig
-from tests.kernel_cases import SHAPES, lengths
+from tests.kernel_cases import SHAPES, lengths, shares_of_best
 
 pytestmark = pytest.mark.kernel
 
@@ -36,16 +36,6 @@ def sets(selection):
     for entries in lists:
         assert np.all(np.diff(entries) > 0)
     return [set(entries.tolist()) for entries in lists]
-
-
-def shares_of_best(logits, exact_lse):
-    """Share of a head's mass in its exact tokens and its n best scored ones, for n from 0 to all, in float64."""
-    logits = -np.sort(-logits.astype(np.float64))
-    peak = max(logits.max(initial=-np.inf), exact_lse)
-    if peak == -np.inf:
-        return np.ones(1)
-    held = np.exp(exact_lse - peak) + np.concatenate([[0.0], np.cumsum(np.exp(logits - peak))])
-    return held / held[-1]
 
 
 def raise_odds(p, nats):
