@@ -1,0 +1,264 @@
+"""Single-lane programming in Pallas Mosaic GPU: integers, addresses, PTX instructions and control flow, as MLIR.
+
+Kernels here are written for one lane of a warp, as CUDA would be: values are 32-bit registers, addresses 64-bit numbers
+(global memory) or 32-bit ones (shared memory).
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, scf
+
+WARPGROUP = 128
+
+
+def call(body, *, name: str, out_type, blocks: int, warpgroups: int = 1, shared_words: int = 0):
+    """A kernel of `blocks` thread blocks. `body` gets the references of inputs, outputs and shared memory."""
+
+    def kernel(*refs):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def run(_, *refs):
+            body(*refs)
+
+        run(*refs)
+
+    kernel.__name__ = name
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=[plgpu.SMEM((shared_words,), jnp.int32)] if shared_words else [],
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )
+
+
+def i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def i64() -> ir.Type:
+    return ir.IntegerType.get_signless(64)
+
+
+def f32() -> ir.Type:
+    return ir.F32Type.get()
+
+
+def value(x) -> ir.Value:
+    """A Python integer as an i32, a Python float as an f32; values pass."""
+    if isinstance(x, int):
+        return arith.constant(i32(), ir.IntegerAttr.get(i32(), x if x < 2**31 else x - 2**32))
+    if isinstance(x, float):
+        return arith.constant(f32(), ir.FloatAttr.get(f32(), x))
+    return x
+
+
+def _binary(operation, a, b) -> ir.Value:
+    return operation(value(a), value(b))
+
+
+add = functools.partial(_binary, arith.addi)
+subtract = functools.partial(_binary, arith.subi)
+multiply = functools.partial(_binary, arith.muli)
+divide = functools.partial(_binary, arith.divui)
+left = functools.partial(_binary, arith.shli)
+right = functools.partial(_binary, arith.shrui)
+right_signed = functools.partial(_binary, arith.shrsi)
+bit_and = functools.partial(_binary, arith.andi)
+bit_xor = functools.partial(_binary, arith.xori)
+both = functools.partial(_binary, arith.andi)
+
+
+def less(a, b) -> ir.Value:
+    """a < b, both unsigned."""
+    return arith.cmpi(arith.CmpIPredicate.ult, value(a), value(b))
+
+
+def equal(a, b) -> ir.Value:
+    return arith.cmpi(arith.CmpIPredicate.eq, value(a), value(b))
+
+
+def select(condition, a, b) -> ir.Value:
+    return arith.select(condition, value(a), value(b))
+
+
+def as_i32(condition) -> ir.Value:
+    """1 where the condition holds, else 0."""
+    return arith.extui(i32(), condition)
+
+
+def as_float(x) -> ir.Value:
+    """The f32 with an i32's bits."""
+    return arith.bitcast(f32(), x)
+
+
+def as_int(x) -> ir.Value:
+    """The i32 with an f32's bits."""
+    return arith.bitcast(i32(), x)
+
+
+def bfloat16_pair(word) -> tuple[ir.Value, ir.Value]:
+    """The two bfloat16 of a word, low half first, as f32."""
+    return as_float(left(word, 16)), as_float(bit_and(word, 0xFFFF0000))
+
+
+def thread_index() -> ir.Value:
+    return utils.thread_idx()
+
+
+def block_index() -> ir.Value:
+    return arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x))
+
+
+def barrier() -> None:
+    """Wait for all threads of the block."""
+    gpu.barrier()
+
+
+def address(ref, word) -> ir.Value:
+    """Global address of a 32-bit word of a reference; `word` is unsigned."""
+    base = llvm.ptrtoint(i64(), utils.memref_ptr(ref))
+    offset = arith.shli(arith.extui(i64(), value(word)), arith.constant(i64(), ir.IntegerAttr.get(i64(), 2)))
+    return arith.addi(base, offset)
+
+
+def shared_address(ref) -> ir.Value:
+    return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
+
+
+def ptx(text: str, inputs, outputs: str = "", *, effects: bool = False) -> list[ir.Value]:
+    """PTX instructions: $0, $1, ... are the outputs, then the inputs.
+
+    Args:
+      inputs: values; i32 and f32 become 32-bit registers, i64 64-bit ones.
+      outputs: one letter each: "r" for i32, "f" for f32.
+      effects: the instructions do more than compute their outputs.
+    """
+    letters = {str(i32()): "r", str(i64()): "l", str(f32()): "f"}
+    inputs = [value(x) for x in inputs]
+    constraints = ["=" + letter for letter in outputs] + [letters[str(x.type)] for x in inputs]
+    types = [i32() if letter == "r" else f32() for letter in outputs]
+    if not types:
+        result_type = ir.Type.parse("!llvm.void")
+    else:
+        result_type = types[0] if len(types) == 1 else llvm.StructType.get_literal(types)
+    result = llvm.inline_asm(result_type, inputs, text, ",".join(constraints), has_side_effects=effects)
+    if len(types) <= 1:
+        return [result] if types else []
+    return [llvm.extractvalue(type_, result, [i]) for i, type_ in enumerate(types)]
+
+
+def _operands(first: int, count: int) -> str:
+    names = ", ".join(f"${first + i}" for i in range(count))
+    return names if count == 1 else "{" + names + "}"
+
+
+def load(at, *, words: int = 1, offset: int = 0, hint: str = ".nc") -> list[ir.Value]:
+    """`words` (1, 2 or 4) neighbouring words from global memory that the kernel does not write; offset in bytes."""
+    vector = "" if words == 1 else f".v{words}"
+    return ptx(f"ld.global{hint}{vector}.b32 {_operands(0, words)}, [${words}+{offset}];", [at], "r" * words)
+
+
+def store(at, values, *, offset: int = 0, where=None) -> None:
+    """Store words to neighbouring places in global memory; `where` is an i32, and 0 stores nothing."""
+    vector = "" if len(values) == 1 else f".v{len(values)}"
+    text = f"st.global{vector}.b32 [$0+{offset}], {_operands(1, len(values))};"
+    inputs = [at, *values]
+    if where is not None:
+        text = f"{{ .reg .pred p; setp.ne.s32 p, ${len(inputs)}, 0; @p {text} }}"
+        inputs.append(where)
+    ptx(text, inputs, effects=True)
+
+
+def load_shared(at, *, words: int = 1, offset: int = 0) -> list[ir.Value]:
+    vector = "" if words == 1 else f".v{words}"
+    text = f"ld.shared{vector}.b32 {_operands(0, words)}, [${words}+{offset}];"
+    return ptx(text, [at], "r" * words, effects=True)
+
+
+def store_shared(at, values, *, offset: int = 0) -> None:
+    vector = "" if len(values) == 1 else f".v{len(values)}"
+    ptx(f"st.shared{vector}.b32 [$0+{offset}], {_operands(1, len(values))};", [at, *values], effects=True)
+
+
+def shuffle_xor(x, lanes: int) -> ir.Value:
+    """The value of the lane whose number differs by `lanes` in binary, exclusive or."""
+    letter = "f" if isinstance(x.type, ir.F32Type) else "r"
+    return ptx(f"shfl.sync.bfly.b32 $0, $1, {lanes}, 0x1f, 0xffffffff;", [x], letter, effects=True)[0]
+
+
+def count_shared(at, *, offset: int, where) -> None:
+    """Add 1 to a word of shared memory, where `where` is not 0; atomic."""
+    text = f"{{ .reg .pred p; setp.ne.s32 p, $1, 0; @p red.shared.add.u32 [$0+{offset}], 1; }}"
+    ptx(text, [at, where], effects=True)
+
+
+def max_shared(at, x) -> None:
+    """Raise a signed word of shared memory to x; atomic."""
+    ptx("red.shared.max.s32 [$0], $1;", [at, x], effects=True)
+
+
+def add_global(at, x) -> None:
+    """Add x to a word of global memory; atomic; nothing happens for 0."""
+    text = "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p red.global.add.u32 [$0], $1; }"
+    ptx(text, [at, x], effects=True)
+
+
+def max_global(at, x) -> None:
+    """Raise a signed word of global memory to x; atomic."""
+    ptx("red.global.max.s32 [$0], $1;", [at, x], effects=True)
+
+
+def binary_product(a, b, c) -> list[ir.Value]:
+    """mma.m16n8k128 of bits: c + popcount(a AND b), from a lane's fragments a (2 words), b (1 word), c (4 i32)."""
+    text = (
+        "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc "
+        "{$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
+    )
+    return ptx(text, [*a, b, *c], "rrrr")
+
+
+def pack_bytes(words) -> ir.Value:
+    """The lowest bytes of four words, first lowest."""
+    low = ptx("prmt.b32 $0, $1, $2, 0x0040;", words[:2], "r")[0]
+    high = ptx("prmt.b32 $0, $1, $2, 0x0040;", words[2:], "r")[0]
+    return ptx("prmt.b32 $0, $1, $2, 0x5410;", [low, high], "r")[0]
+
+
+def fma(a, b, c) -> ir.Value:
+    """a b + c in f32, rounded once."""
+    return ptx("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], "f")[0]
+
+
+def minimum(a, b) -> ir.Value:
+    """The smaller f32; a NaN loses."""
+    return ptx("min.f32 $0, $1, $2;", [a, b], "f")[0]
+
+
+def maximum(a, b) -> ir.Value:
+    """The larger f32; a NaN loses."""
+    return ptx("max.f32 $0, $1, $2;", [a, b], "f")[0]
+
+
+def when(condition, body) -> None:
+    """Run `body` where the condition holds."""
+    branch = scf.IfOp(condition)
+    with ir.InsertionPoint(branch.then_block):
+        body()
+        scf.yield_([])
+
+
+def loop(count: int, carried, body) -> list[ir.Value]:
+    """carried = body(i, carried) for i in 0 .. count - 1; carried is a list of values."""
+    operation = scf.ForOp(value(0), value(count), value(1), list(carried))
+    with ir.InsertionPoint(operation.body):
+        scf.yield_(list(body(operation.induction_variable, list(operation.inner_iter_args))))
+    return list(operation.results)

@@ -1,0 +1,306 @@
+"""Proxy scores on the binary tensor core, kept as one byte each and counted where they are made; for Hopper GPUs.
+
+mma.m16n8k128 (b1, and, popc) multiplies 16 tokens' bits with 8 columns of bits. The packed code words are its A
+fragments as they lie in memory; the columns are bit planes of INT4 queries.
+
+    A   lane 4 g + t holds word t of the code in row g, and of that in row g + 8
+    B   column 2 h + b of product p is bit plane 2 p + b of query head h, for 4 heads; lane 4 g + t holds word t of column g
+    C   lane 4 g + t gets columns 2 t, 2 t + 1 of rows g and g + 8: after products 0 and 1, all four planes of head t
+
+    <u, bits> = plane 0 + 2 plane 1 + 4 plane 2 - 8 plane 3
+
+A warp scores 32 tokens at a time, in two products of 16; lane 4 g + t ends with those of tokens 4 g .. 4 g + 3 for head t.
+From there to a byte, for a score z and a head's `base`:
+
+    bin = 8 (base - z), rounded down, from 0 (above base, NaN and infinity too) to 255 (31.9 nats or more below)
+
+Counts of bins gather in shared memory and are added to the result at the end of a block of tokens. They are integers, so
+the result is the same in every run.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _mosaic as m
+from pallas_kernels.popcount_scores import bit_planes
+
+BINS = 256
+BINS_PER_NAT = 8
+HEADS = 4
+STEP_TOKENS = 32
+WARPS = 4
+UNROLL = 4
+BLOCK_TOKENS = 2048
+# The bits of 1.5 * 2^23 as a float32: plus an integer n, they are those of 1.5 * 2^23 + n.
+MAGIC = 0x4B400000
+LEAST_KEY = -(2**31)
+
+
+def score_bins(levels, bits, gain, scale, bias, bias_gain, shift, base, *, first, stop):
+    """Bins of scores, their counts, and the largest score.
+
+    Args:
+      levels, bits, gain, scale, bias, bias_gain, shift: as in `rabitq_jax.scores.proxy_scores_reference`.
+      base: float32 [B,K,G], top of the bins; any value is correct.
+      first: python int; stop: int32 [B]. Tokens in [first, stop) are scored.
+
+    Returns:
+      bins uint8 [B,K,G,T], undefined outside [first, stop); counts int32 [B,K,G,256]; peak float32 [B,K,G], the
+      largest score that is a number (-inf if there is none).
+
+    Raises:
+      NotImplementedError: the code's words are not a multiple of 4, a centroid's tokens not one of 32, or T not one
+        of 512.
+    """
+    batch, kv_heads, group, _ = levels.shape
+    tokens, words = bits.shape[2:]
+    centroids = shift.shape[-1]
+    if words % 4 or tokens % 512 or tokens // centroids % STEP_TOKENS:
+        raise NotImplementedError(
+            f"the kernel takes codes of a multiple of 128 bits, capacities of 512 and centroids of {STEP_TOKENS} tokens, "
+            f"got {32 * words}, {tokens} and {tokens // centroids}"
+        )
+    rows, groups = batch * kv_heads, -(-group // HEADS)
+    padded = HEADS * groups
+
+    def by_row(x, fill=0):
+        pad = [(0, 0), (0, padded - group)] + [(0, 0)] * (x.ndim - 3)
+        return jnp.pad(x.reshape(rows, *x.shape[2:]), pad, constant_values=fill)
+
+    factors = jnp.stack([gain, -jnp.sum(levels, axis=-1).astype(jnp.float32), base], axis=-1)
+    counts = jax.new_ref(jnp.zeros((rows, padded, BINS), jnp.int32))
+    keys = jax.new_ref(jnp.full((rows, padded), LEAST_KEY, jnp.int32))
+    inputs = [by_row(bit_planes(levels)), by_row(factors), by_row(shift), bits.reshape(rows, tokens, words)]
+    inputs += [scale.reshape(rows, tokens)] + ([] if bias is None else [bias.reshape(rows, tokens)])
+    block = next(size for size in (BLOCK_TOKENS, 1024, 512) if tokens % size == 0)
+    sizes = _Sizes(
+        kv_heads=kv_heads, group=group, groups=groups, tokens=tokens, words=words, centroids=centroids, block=block,
+        first=first, bias_gain=None if bias is None else float(bias_gain),
+    )  # fmt: skip
+    bins = m.call(
+        functools.partial(_kernel, sizes),
+        name="score_bins",
+        out_type=jax.ShapeDtypeStruct((rows, group, tokens // 4), jnp.int32),
+        blocks=rows * (tokens // block),
+        shared_words=padded * BINS + padded,
+    )(*inputs, stop, counts, keys)
+    as_bytes = jax.lax.bitcast_convert_type(bins, jnp.uint8)
+    return (
+        as_bytes.reshape(batch, kv_heads, group, tokens),
+        counts[...].reshape(batch, kv_heads, padded, BINS)[:, :, :group],
+        _from_key(keys[...]).reshape(batch, kv_heads, padded)[:, :, :group],
+    )
+
+
+def _from_key(key):
+    """Floats from integers of the same order; see `_key`."""
+    bits = jnp.where(key < 0, key ^ 0x7FFFFFFF, key)
+    return jnp.where(key == LEAST_KEY, -jnp.inf, jax.lax.bitcast_convert_type(bits, jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    kv_heads: int
+    group: int
+    groups: int
+    tokens: int
+    words: int
+    centroids: int
+    block: int
+    first: int
+    bias_gain: float | None
+
+    @property
+    def padded(self) -> int:
+        return HEADS * self.groups
+
+
+def _kernel(sizes: _Sizes, planes, factors, shift, bits, scale, *rest):
+    """planes [R,H,4,W], factors [R,H,3], shift [R,H,C], bits [R,T,W], scale (and bias) [R,T], stop [B]; counts [R,H,256]
+    and keys [R,H], added to; bins [R,G,T/4]; shared memory. R rows of kv heads, H = heads padded to 4."""
+    *bias, stop, counts, keys, bins, shared = rest
+    blocks = sizes.tokens // sizes.block
+    row = m.divide(m.block_index(), blocks)
+    start = m.multiply(m.subtract(m.block_index(), m.multiply(row, blocks)), sizes.block)
+    stop = m.load(m.address(stop, m.divide(row, sizes.kv_heads)))[0]
+    shared = m.shared_address(shared)
+
+    def run():
+        _clear_shared(sizes, shared)
+        score = _Scorer(sizes, row, stop, planes, factors, shift, bits, scale, bias, bins, shared)
+        peaks = m.loop(sizes.block // (STEP_TOKENS * WARPS * UNROLL), score.no_peaks(), lambda i, peaks: score(start, i, peaks))
+        _flush(sizes, row, peaks, shared, counts, keys)
+
+    m.when(m.both(m.less(start, stop), m.less(sizes.first, m.add(start, sizes.block))), run)
+
+
+class _Scorer:
+    """One lane's registers for a row: addresses, B fragments, and factors of its heads."""
+
+    def __init__(self, sizes: _Sizes, row, stop, planes, factors, shift, bits, scale, bias, bins, shared):
+        lane, self.warp = m.bit_and(m.thread_index(), 31), m.right(m.thread_index(), 5)
+        self.quad, self.t = m.right(lane, 2), m.bit_and(lane, 3)
+        self.sizes, self.row, self.stop = sizes, row, stop
+        self.shift, self.bits, self.scale, self.bias, self.bins, self.shared = shift, bits, scale, bias, bins, shared
+        self.columns = self._load_columns(planes)
+        self.factors = []
+        for h in range(sizes.groups):
+            at = m.address(factors, m.multiply(self._head(h), 3))
+            gain, minus_sum, base = (m.as_float(m.load(at, offset=4 * i)[0]) for i in range(3))
+            # Half a bin less: the conversion to an integer rounds to nearest.
+            top = m.fma(base, BINS_PER_NAT / (BINS - 1), -0.5 / (BINS - 1))
+            self.factors.append((gain, minus_sum, top))
+
+    def _head(self, h):
+        """Index in [R,H] of this lane's head of group h."""
+        return m.add(m.multiply(self.row, self.sizes.padded), m.add(self.t, HEADS * h))
+
+    def _load_columns(self, planes):
+        """B fragments: [group][product][step of 4 words]."""
+        words = self.sizes.words
+        head, plane = m.right(self.quad, 1), m.bit_and(self.quad, 1)
+        word = m.add(m.multiply(m.add(m.multiply(m.add(m.multiply(self.row, self.sizes.padded), head), 4), plane), words), self.t)
+        at = m.address(planes, word)
+        return [
+            [[m.load(at, offset=4 * ((4 * HEADS * h + 2 * p) * words + 4 * k))[0] for k in range(words // 4)] for p in range(2)]
+            for h in range(self.sizes.groups)
+        ]
+
+    def no_peaks(self):
+        return [m.value(float("-inf"))] * self.sizes.groups
+
+    def __call__(self, start, i, peaks):
+        """Score UNROLL steps of this warp's tokens; returns the largest scores so far, one a group."""
+        per_pass = STEP_TOKENS * WARPS * UNROLL
+        first = m.add(m.add(start, m.multiply(i, per_pass)), m.multiply(self.warp, STEP_TOKENS))
+        tokens = [m.add(m.add(first, u * STEP_TOKENS * WARPS), m.multiply(self.quad, 4)) for u in range(UNROLL)]
+        loaded = [self._load(token) for token in tokens]
+        for token, data in zip(tokens, loaded, strict=True):
+            peaks = self._score(token, *data, peaks)
+        return peaks
+
+    def _load(self, token):
+        """A fragments of tokens .. + 3, [token][step of 4 words]; their scales; biases or None; shifts, one a group."""
+        sizes = self.sizes
+        at = m.add(m.multiply(self.row, sizes.tokens), token)
+        words = m.address(self.bits, m.add(m.multiply(at, sizes.words), self.t))
+        fragments = [
+            [m.load(words, offset=4 * (i * sizes.words + 4 * k))[0] for k in range(sizes.words // 4)] for i in range(4)
+        ]
+        scale, *bias = ([x for w in m.load(m.address(x, m.right(at, 1)), words=2) for x in m.bfloat16_pair(w)] for x in (self.scale, *self.bias))
+        centroid = m.divide(token, sizes.tokens // sizes.centroids)
+        shifts = [
+            m.as_float(m.load(m.address(self.shift, m.add(m.multiply(self._head(h), sizes.centroids), centroid)))[0])
+            for h in range(sizes.groups)
+        ]
+        return fragments, scale, bias[0] if bias else None, shifts
+
+    def _score(self, token, fragments, scale, bias, shifts, peaks):
+        """Bins of four tokens for this lane's head of each group: stored, and counted where they are in range."""
+        sizes = self.sizes
+        # Unsigned: a token before the first one is far above.
+        scored = [m.less(m.subtract(m.add(token, i), sizes.first), m.subtract(self.stop, sizes.first)) for i in range(4)]
+        new_peaks = []
+        for h in range(sizes.groups):
+            gain, minus_sum, top = self.factors[h]
+            dots = _dots(fragments, self.columns[h])
+            peak, packed = peaks[h], []
+            for i in range(4):
+                z = _affine(dots[i], minus_sum, gain, scale[i], shifts[h])
+                if bias is not None:
+                    z = m.fma(bias[i], sizes.bias_gain, z)
+                peak = m.select(scored[i], m.maximum(peak, m.minimum(z, 3e38)), peak)
+                packed.append(_bin(z, top))
+            new_peaks.append(peak)
+            for i in range(4):
+                self._count(h, packed[i], scored[i])
+            head = m.add(self.t, HEADS * h)
+            word = m.add(m.multiply(m.add(m.multiply(self.row, sizes.group), head), sizes.tokens // 4), m.right(token, 2))
+            real = None if HEADS * h + HEADS <= sizes.group else m.as_i32(m.less(head, sizes.group))
+            m.store(m.address(self.bins, word), [m.pack_bytes(packed)], where=real)
+        return new_peaks
+
+    def _count(self, h, bin_, scored):
+        """Add one to a bin in shared memory, [group][bin][head of 4]."""
+        place = m.add(m.left(m.bit_and(bin_, BINS - 1), 4), m.left(self.t, 2))
+        m.count_shared(m.add(self.shared, place), offset=4 * HEADS * BINS * h, where=m.as_i32(scored))
+
+
+def _dots(fragments, columns):
+    """Four integer products <u, bits>, as i32 with MAGIC added."""
+    dots = []
+    for pair in (fragments[:2], fragments[2:]):
+        low, high = [MAGIC, 0, MAGIC, 0], [0, 0, 0, 0]
+        for k in range(len(columns[0])):
+            rows = [fragment[k] for fragment in pair]
+            low = m.binary_product(rows, columns[0][k], low)
+            high = m.binary_product(rows, columns[1][k], high)
+        for half in (0, 2):
+            upper = m.subtract(high[half], m.left(high[half + 1], 1))
+            dots.append(m.add(m.add(low[half], m.left(low[half + 1], 1)), m.left(upper, 2)))
+    return dots
+
+
+def _affine(dot, minus_sum, gain, scale, shift):
+    """gain (2 dot - sum) scale + shift; the bracket is exact."""
+    text = (
+        "{ .reg .f32 x; sub.rn.f32 x, $1, 0f4B400000; fma.rn.f32 x, x, 0f40000000, $2; mul.rn.f32 x, x, $3; "
+        "fma.rn.f32 $0, x, $4, $5; }"
+    )
+    return m.ptx(text, [m.as_float(dot), minus_sum, gain, scale, shift], "f")[0]
+
+
+def _bin(z, top):
+    """i32 whose lowest byte is the bin: saturate 8 (base - z) / 255 to [0, 1], then let 2^23 round it to an integer."""
+    text = (
+        "{ .reg .f32 x; fma.rn.sat.f32 x, $1, $2, $3; fma.rn.f32 $0, x, 0f437F0000, 0f4B000000; }"
+    )
+    return m.as_int(m.ptx(text, [z, -BINS_PER_NAT / (BINS - 1), top], "f")[0])
+
+
+def _clear_shared(sizes: _Sizes, shared):
+    """Counts to 0, peaks to the least key."""
+    words = sizes.padded * BINS
+    for i in range(words // (4 * m.WARPGROUP)):
+        m.store_shared(m.add(shared, m.left(m.thread_index(), 4)), [m.value(0)] * 4, offset=16 * m.WARPGROUP * i)
+    clear_peaks = lambda: m.store_shared(_peak_address(sizes, shared), [m.value(LEAST_KEY)])  # noqa: E731
+    m.when(m.less(m.thread_index(), sizes.padded), clear_peaks)
+    m.barrier()
+
+
+def _peak_address(sizes: _Sizes, shared):
+    """Shared address of the thread's peak."""
+    return m.add(m.add(shared, 4 * sizes.padded * BINS), m.left(m.thread_index(), 2))
+
+
+def _flush(sizes: _Sizes, row, peaks, shared, counts, keys):
+    """Add the block's counts, and its largest scores, to the row's."""
+    lane = m.bit_and(m.thread_index(), 31)
+    for h, peak in enumerate(peaks):
+        for lanes in (4, 8, 16):
+            peak = m.maximum(peak, m.shuffle_xor(peak, lanes))
+        at = m.add(m.add(shared, 4 * (sizes.padded * BINS + HEADS * h)), m.left(lane, 2))
+        m.when(m.less(lane, HEADS), functools.partial(m.max_shared, at, _key(peak)))
+    m.barrier()
+    for h in range(sizes.groups):
+        for i in range(BINS // m.WARPGROUP):
+            bin_ = m.add(m.thread_index(), m.WARPGROUP * i)
+            four = m.load_shared(m.add(shared, m.left(bin_, 4)), words=4, offset=4 * HEADS * BINS * h)
+            for head, count in enumerate(four):
+                place = m.add(m.multiply(m.add(m.multiply(row, sizes.padded), HEADS * h + head), BINS), bin_)
+                m.add_global(m.address(counts, place), count)
+
+    def keep_peak():
+        place = m.address(keys, m.add(m.multiply(row, sizes.padded), m.thread_index()))
+        m.max_global(place, m.load_shared(_peak_address(sizes, shared))[0])
+
+    m.when(m.less(m.thread_index(), sizes.padded), keep_peak)
+
+
+def _key(x):
+    """An i32 in the order of the f32."""
+    bits = m.as_int(x)
+    return m.bit_xor(bits, m.bit_and(m.right_signed(bits, 31), 0x7FFFFFFF))
