@@ -5,6 +5,7 @@ Kernels here are written for one lane of a warp, as CUDA would be: values are 32
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
@@ -134,7 +135,7 @@ def shared_address(ref) -> ir.Value:
     return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
 
 
-def ptx(text: str, inputs, outputs: str = "", *, effects: bool = False) -> list[ir.Value]:
+def ptx(text: str, inputs, outputs: str = "", *, effects: bool = False) -> list[Any]:
     """PTX instructions: $0, $1, ... are the outputs, then the inputs.
 
     Args:
@@ -150,7 +151,7 @@ def ptx(text: str, inputs, outputs: str = "", *, effects: bool = False) -> list[
         result_type = ir.Type.parse("!llvm.void")
     else:
         result_type = types[0] if len(types) == 1 else llvm.StructType.get_literal(types)
-    result = llvm.inline_asm(result_type, inputs, text, ",".join(constraints), has_side_effects=effects)
+    result: Any = llvm.inline_asm(result_type, inputs, text, ",".join(constraints), has_side_effects=effects)
     if len(types) <= 1:
         return [result] if types else []
     return [llvm.extractvalue(type_, result, [i]) for i, type_ in enumerate(types)]
@@ -220,8 +221,7 @@ def max_global(at, x) -> None:
 def binary_product(a, b, c) -> list[ir.Value]:
     """mma.m16n8k128 of bits: c + popcount(a AND b), from a lane's fragments a (2 words), b (1 word), c (4 i32)."""
     text = (
-        "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc "
-        "{$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
+        "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
     )
     return ptx(text, [*a, b, *c], "rrrr")
 

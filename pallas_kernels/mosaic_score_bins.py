@@ -3,23 +3,24 @@
 mma.m16n8k128 (b1, and, popc) multiplies 16 tokens' bits with 8 columns of bits. The packed code words are its A
 fragments as they lie in memory; the columns are bit planes of INT4 queries.
 
-    A   lane 4 g + t holds word t of the code in row g, and of that in row g + 8
-    B   column 2 h + b of product p is bit plane 2 p + b of query head h, for 4 heads; lane 4 g + t holds word t of column g
+    A   lane 4 g + t holds word t of the codes in rows g and g + 8
+    B   lane 4 g + t holds word t of column g; column 2 h + b of product p is bit plane 2 p + b of head h, of 4 heads
     C   lane 4 g + t gets columns 2 t, 2 t + 1 of rows g and g + 8: after products 0 and 1, all four planes of head t
 
     <u, bits> = plane 0 + 2 plane 1 + 4 plane 2 - 8 plane 3
 
-A warp scores 32 tokens at a time, in two products of 16; lane 4 g + t ends with those of tokens 4 g .. 4 g + 3 for head t.
-From there to a byte, for a score z and a head's `base`:
+A warp scores 32 tokens at a time, in two products of 16; lane 4 g + t ends with tokens 4 g .. 4 g + 3 of head t. From
+there to a byte, for a score z and a head's `base`:
 
     bin = 8 (base - z), rounded down, from 0 (above base, NaN and infinity too) to 255 (31.9 nats or more below)
 
-Counts of bins gather in shared memory and are added to the result at the end of a block of tokens. They are integers, so
-the result is the same in every run.
+Counts of bins gather in shared memory and are added to the result at the end of a block of tokens. They are integers,
+so the result is the same in every run.
 """
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +34,15 @@ HEADS = 4
 STEP_TOKENS = 32
 WARPS = 4
 UNROLL = 4
-BLOCK_TOKENS = 2048
+BLOCK_TOKENS, LEAST_BLOCK_TOKENS = 2048, STEP_TOKENS * WARPS * UNROLL
 # The bits of 1.5 * 2^23 as a float32: plus an integer n, they are those of 1.5 * 2^23 + n.
 MAGIC = 0x4B400000
 LEAST_KEY = -(2**31)
+
+
+def takes(tokens: int, words: int, centroids: int) -> bool:
+    """Whether `score_bins` takes a capacity, words a code, and a number of centroids."""
+    return words % 4 == 0 and tokens % LEAST_BLOCK_TOKENS == 0 and tokens // centroids % STEP_TOKENS == 0
 
 
 def score_bins(levels, bits, gain, scale, bias, bias_gain, shift, base, *, first, stop):
@@ -58,10 +64,10 @@ def score_bins(levels, bits, gain, scale, bias, bias_gain, shift, base, *, first
     batch, kv_heads, group, _ = levels.shape
     tokens, words = bits.shape[2:]
     centroids = shift.shape[-1]
-    if words % 4 or tokens % 512 or tokens // centroids % STEP_TOKENS:
+    if not takes(tokens, words, centroids):
         raise NotImplementedError(
-            f"the kernel takes codes of a multiple of 128 bits, capacities of 512 and centroids of {STEP_TOKENS} tokens, "
-            f"got {32 * words}, {tokens} and {tokens // centroids}"
+            f"the kernel takes codes of multiples of 128 bits, capacities of multiples of 512 tokens and centroids of "
+            f"multiples of {STEP_TOKENS}, got {32 * words}, {tokens} and {tokens // centroids}"
         )
     rows, groups = batch * kv_heads, -(-group // HEADS)
     padded = HEADS * groups
@@ -75,7 +81,7 @@ def score_bins(levels, bits, gain, scale, bias, bias_gain, shift, base, *, first
     keys = jax.new_ref(jnp.full((rows, padded), LEAST_KEY, jnp.int32))
     inputs = [by_row(bit_planes(levels)), by_row(factors), by_row(shift), bits.reshape(rows, tokens, words)]
     inputs += [scale.reshape(rows, tokens)] + ([] if bias is None else [bias.reshape(rows, tokens)])
-    block = next(size for size in (BLOCK_TOKENS, 1024, 512) if tokens % size == 0)
+    block = math.gcd(tokens, BLOCK_TOKENS)
     sizes = _Sizes(
         kv_heads=kv_heads, group=group, groups=groups, tokens=tokens, words=words, centroids=centroids, block=block,
         first=first, bias_gain=None if bias is None else float(bias_gain),
@@ -119,8 +125,8 @@ class _Sizes:
 
 
 def _kernel(sizes: _Sizes, planes, factors, shift, bits, scale, *rest):
-    """planes [R,H,4,W], factors [R,H,3], shift [R,H,C], bits [R,T,W], scale (and bias) [R,T], stop [B]; counts [R,H,256]
-    and keys [R,H], added to; bins [R,G,T/4]; shared memory. R rows of kv heads, H = heads padded to 4."""
+    """planes [R,H,4,W], factors [R,H,3], shift [R,H,C], bits [R,T,W], scale (and bias) [R,T], stop [B]; counts
+    [R,H,256] and keys [R,H], added to; bins [R,G,T/4]; shared memory. R rows of kv heads, H = heads padded to 4."""
     *bias, stop, counts, keys, bins, shared = rest
     blocks = sizes.tokens // sizes.block
     row = m.divide(m.block_index(), blocks)
@@ -131,7 +137,9 @@ def _kernel(sizes: _Sizes, planes, factors, shift, bits, scale, *rest):
     def run():
         _clear_shared(sizes, shared)
         score = _Scorer(sizes, row, stop, planes, factors, shift, bits, scale, bias, bins, shared)
-        peaks = m.loop(sizes.block // (STEP_TOKENS * WARPS * UNROLL), score.no_peaks(), lambda i, peaks: score(start, i, peaks))
+        peaks = m.loop(
+            sizes.block // (STEP_TOKENS * WARPS * UNROLL), score.no_peaks(), lambda i, peaks: score(start, i, peaks)
+        )
         _flush(sizes, row, peaks, shared, counts, keys)
 
     m.when(m.both(m.less(start, stop), m.less(sizes.first, m.add(start, sizes.block))), run)
@@ -162,10 +170,15 @@ class _Scorer:
         """B fragments: [group][product][step of 4 words]."""
         words = self.sizes.words
         head, plane = m.right(self.quad, 1), m.bit_and(self.quad, 1)
-        word = m.add(m.multiply(m.add(m.multiply(m.add(m.multiply(self.row, self.sizes.padded), head), 4), plane), words), self.t)
+        word = m.add(
+            m.multiply(m.add(m.multiply(m.add(m.multiply(self.row, self.sizes.padded), head), 4), plane), words), self.t
+        )
         at = m.address(planes, word)
         return [
-            [[m.load(at, offset=4 * ((4 * HEADS * h + 2 * p) * words + 4 * k))[0] for k in range(words // 4)] for p in range(2)]
+            [
+                [m.load(at, offset=4 * ((4 * HEADS * h + 2 * p) * words + 4 * k))[0] for k in range(words // 4)]
+                for p in range(2)
+            ]
             for h in range(self.sizes.groups)
         ]
 
@@ -190,7 +203,10 @@ class _Scorer:
         fragments = [
             [m.load(words, offset=4 * (i * sizes.words + 4 * k))[0] for k in range(sizes.words // 4)] for i in range(4)
         ]
-        scale, *bias = ([x for w in m.load(m.address(x, m.right(at, 1)), words=2) for x in m.bfloat16_pair(w)] for x in (self.scale, *self.bias))
+        scale, *bias = (
+            [x for w in m.load(m.address(x, m.right(at, 1)), words=2) for x in m.bfloat16_pair(w)]
+            for x in (self.scale, *self.bias)
+        )
         centroid = m.divide(token, sizes.tokens // sizes.centroids)
         shifts = [
             m.as_float(m.load(m.address(self.shift, m.add(m.multiply(self._head(h), sizes.centroids), centroid)))[0])
@@ -202,7 +218,9 @@ class _Scorer:
         """Bins of four tokens for this lane's head of each group: stored, and counted where they are in range."""
         sizes = self.sizes
         # Unsigned: a token before the first one is far above.
-        scored = [m.less(m.subtract(m.add(token, i), sizes.first), m.subtract(self.stop, sizes.first)) for i in range(4)]
+        scored = [
+            m.less(m.subtract(m.add(token, i), sizes.first), m.subtract(self.stop, sizes.first)) for i in range(4)
+        ]
         new_peaks = []
         for h in range(sizes.groups):
             gain, minus_sum, top = self.factors[h]
@@ -218,7 +236,9 @@ class _Scorer:
             for i in range(4):
                 self._count(h, packed[i], scored[i])
             head = m.add(self.t, HEADS * h)
-            word = m.add(m.multiply(m.add(m.multiply(self.row, sizes.group), head), sizes.tokens // 4), m.right(token, 2))
+            word = m.add(
+                m.multiply(m.add(m.multiply(self.row, sizes.group), head), sizes.tokens // 4), m.right(token, 2)
+            )
             real = None if HEADS * h + HEADS <= sizes.group else m.as_i32(m.less(head, sizes.group))
             m.store(m.address(self.bins, word), [m.pack_bytes(packed)], where=real)
         return new_peaks
@@ -255,9 +275,7 @@ def _affine(dot, minus_sum, gain, scale, shift):
 
 def _bin(z, top):
     """i32 whose lowest byte is the bin: saturate 8 (base - z) / 255 to [0, 1], then let 2^23 round it to an integer."""
-    text = (
-        "{ .reg .f32 x; fma.rn.sat.f32 x, $1, $2, $3; fma.rn.f32 $0, x, 0f437F0000, 0f4B000000; }"
-    )
+    text = "{ .reg .f32 x; fma.rn.sat.f32 x, $1, $2, $3; fma.rn.f32 $0, x, 0f437F0000, 0f4B000000; }"
     return m.as_int(m.ptx(text, [z, -BINS_PER_NAT / (BINS - 1), top], "f")[0])
 
 

@@ -50,15 +50,27 @@ def _histogram_kernel(quantized_ref, peak_ref, scores_ref, _, counts_ref, *, blo
             addupdate(counts_ref, (g, place), jnp.ones((block,), jnp.int32))
 
 
-def _threshold_kernel(counts_ref, peak_ref, exact_lse_ref, kept_bins_ref, scored_ref, mass_ref, *, top_p):
-    """counts [2 BINS], peak and exact_lse [] -> number of bins kept [], tokens in them [], estimated mass share []."""
-    counts = counts_ref[pl.ds(0, BINS)]
-    place = jnp.arange(BINS, dtype=jnp.int32)
+def _threshold_kernel(
+    counts_ref, base_ref, peak_ref, exact_lse_ref, kept_bins_ref, scored_ref, mass_ref, *, bins, bins_per_nat, top_p
+):
+    """counts [bins or more], base, peak, exact_lse [] -> bins kept [], tokens in them [], estimated mass share [].
+
+    Bin i holds scores from i to i + 1 bins' width below base; bin 0 also those above it, the largest being peak.
+    """
+    counts = counts_ref[pl.ds(0, bins)]
+    place = jnp.arange(bins, dtype=jnp.int32)
     n = counts.astype(jnp.float32)
-    upper = n * jnp.exp(place.astype(jnp.float32) * (-1.0 / BINS_PER_NAT))
-    lower = jnp.where(place == BINS - 1, 0.0, upper * jnp.exp(-1.0 / BINS_PER_NAT))
-    # Masses are relative to the peak; an exact mass far above it needs no more precision than this.
-    exact = jnp.exp(jnp.minimum(exact_lse_ref[...] - peak_ref[...], 60.0))
+    # Masses are relative to the largest score or to base, whichever is higher.
+    peak = jnp.maximum(base_ref[...], peak_ref[...])
+    step = jnp.exp(jnp.full((), -1.0 / bins_per_nat, jnp.float32))
+    each = jnp.exp(base_ref[...] - peak + place.astype(jnp.float32) * (-1.0 / bins_per_nat))
+    upper = n * jnp.where(place == 0, 1.0, each)
+    lower = jnp.where(place == bins - 1, 0.0, n * each * step)
+    # The largest score is known, and lies in bin 0 if anything does.
+    largest = jnp.exp(peak_ref[...] - peak)
+    lower = jnp.where((place == 0) & (counts > 0), (n - 1) * each * step + largest, lower)
+    # An exact mass far above the peak needs no more precision than this.
+    exact = jnp.exp(jnp.minimum(exact_lse_ref[...] - peak, 60.0))
     all_upper = jnp.sum(upper)
 
     def enough(kept_lower, kept_upper):
@@ -67,11 +79,11 @@ def _threshold_kernel(counts_ref, peak_ref, exact_lse_ref, kept_bins_ref, scored
 
     kept_lower, kept_upper = jnp.cumsum(lower), jnp.cumsum(upper)
     if top_p == 1:
-        kept_bins = jnp.full((), BINS, jnp.int32)
+        kept_bins = jnp.full((), bins, jnp.int32)
     else:
         # The test holds from some bin on. With NaN it holds nowhere, and everything is kept.
         short = jnp.sum((~enough(kept_lower, kept_upper)).astype(jnp.int32))
-        kept_bins = jnp.where(enough(0.0, 0.0), 0, jnp.minimum(short + 1, BINS))
+        kept_bins = jnp.where(enough(0.0, 0.0), 0, jnp.minimum(short + 1, bins))
     kept = place < kept_bins
     middle = 0.5 * (upper + lower)
     total = exact + jnp.sum(middle)
@@ -80,7 +92,9 @@ def _threshold_kernel(counts_ref, peak_ref, exact_lse_ref, kept_bins_ref, scored
     mass_ref[...] = jnp.where(total == 0, 1.0, (exact + jnp.sum(jnp.where(kept, middle, 0.0))) / total)
 
 
-def _mark_kernel(quantized_ref, length_ref, kept_bins_ref, peak_ref, scores_ref, mask_ref, count_ref, *, block, sink):
+def _mark_kernel(
+    quantized_ref, length_ref, kept_bins_ref, peak_ref, scores_ref, mask_ref, count_ref, *, block, sink, bin_of
+):
     """quantized, length [], kept_bins and peak [G], scores [G,T] -> mask int32 [T/32], count [] of this block."""
     start = pl.program_id(1) * block
     quantized, length = quantized_ref[...], length_ref[...]
@@ -97,7 +111,7 @@ def _mark_kernel(quantized_ref, length_ref, kept_bins_ref, peak_ref, scores_ref,
         scored = _scored(token, quantized, sink)
         wanted = jnp.zeros(shape, jnp.bool_)
         for g in range(scores_ref.shape[0]):
-            score = _pallas.load_masked(scores_ref, (g + 0 * token, token), scored, 0.0)
+            score = _pallas.load_masked(scores_ref, (g + 0 * token, token), scored)
             wanted |= bin_of(score, peak_ref[g]) < kept_bins_ref[g]
         keep = ((scored & wanted) | (~scored & (token < length))).astype(jnp.int32)
         count_ref[...] = jnp.sum(jnp.sum(keep, axis=1))
@@ -121,74 +135,105 @@ def select_top_p(scores, exact_lse, quantized, length, *, sink, top_p):
 
     Returns:
       indices int32 [B,K,T], counts int32 [B,K], scored int32 [B,K,G], mass float32 [B,K,G].
+
+    Raises:
+      NotImplementedError: T is not a multiple of 32.
     """
-    batch, kv_heads, group, tokens = scores.shape
-    heads = batch * kv_heads
-    block = _pallas.block_of(tokens, BLOCK_TOKENS)
-    if block < 32:
-        raise NotImplementedError(f"the kernel takes capacities that are multiples of 32 tokens, got {tokens}")
-    blocks = tokens // block
-    scored = _scored(jnp.arange(tokens), quantized[:, None], sink)[:, None, None]
+    scored = _scored(jnp.arange(scores.shape[-1]), quantized[:, None], sink)[:, None, None]
     # NaN and infinity are above every finite peak, and fall into bin 0.
     peak = jnp.max(jnp.where(scored & jnp.isfinite(scores), scores, -jnp.inf), axis=-1)
     peak = jnp.where(peak == -jnp.inf, jnp.where(exact_lse == -jnp.inf, 0.0, exact_lse), peak)
+    counts = _histogram(scores, peak, quantized, sink=sink)
+    kept_bins, n_scored, mass = kept_bins_of(
+        counts, peak, peak, exact_lse, bins=BINS, bins_per_nat=BINS_PER_NAT, top_p=top_p
+    )
+    indices, n_attended = list_tokens(scores, peak, kept_bins, quantized, length, sink=sink, bin_of=bin_of)
+    return indices, n_attended, n_scored, mass
 
-    per_sequence = pl.BlockSpec((None,), lambda row, i: (row // kv_heads,))
-    per_block = pl.BlockSpec((None, None), lambda row, i: (row, i))
 
-    def head(array):
-        shape = array.shape[2:]
-        return pl.BlockSpec((None, None, *shape), lambda row, i: (row // kv_heads, row % kv_heads, *(0,) * len(shape)))
+def _per_sequence(kv_heads):
+    return pl.BlockSpec((None,), lambda row, i: (row // kv_heads,))
 
-    def like(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype)
 
+def _per_head(array, kv_heads):
+    """A kv head's part of an array [B,K,...], whole."""
+    shape = array.shape[2:]
+    return pl.BlockSpec((None, None, *shape), lambda row, i: (row // kv_heads, row % kv_heads, *(0,) * len(shape)))
+
+
+def _block_tokens(tokens):
+    block = _pallas.block_of(tokens, BLOCK_TOKENS)
+    if block < 32:
+        raise NotImplementedError(f"the kernel takes capacities that are multiples of 32 tokens, got {tokens}")
+    return block
+
+
+def _histogram(scores, peak, quantized, *, sink):
+    """Scores [B,K,G,T] of tokens in [sink, quantized), counted in bins: int32 [B,K,G, 2 BINS], of which BINS matter."""
+    batch, kv_heads, group, tokens = scores.shape
+    block = _block_tokens(tokens)
     counts = jnp.zeros((batch, kv_heads, group, 2 * BINS), jnp.int32)
-    counts = _pallas.call(
+    return _pallas.call(
         functools.partial(_histogram_kernel, block=block, sink=sink),
         name="top_p_histogram",
-        grid=(heads, blocks),
-        in_specs=[per_sequence, head(peak), head(scores), head(counts)],
-        out_specs=head(counts),
-        out_shape=like(counts.shape, jnp.int32),
+        grid=(batch * kv_heads, tokens // block),
+        in_specs=[_per_sequence(kv_heads)] + [_per_head(x, kv_heads) for x in (peak, scores, counts)],
+        out_specs=_per_head(counts, kv_heads),
+        out_shape=jax.ShapeDtypeStruct(counts.shape, jnp.int32),
         input_output_aliases={3: 0},
     )(quantized, peak, scores, counts)
 
-    per_query_head = pl.BlockSpec((None,), lambda i: (i,))
-    flat = (heads * group,)
-    kept_bins, scored_count, mass = _pallas.call(
-        functools.partial(_threshold_kernel, top_p=top_p),
+
+def kept_bins_of(counts, base, peak, exact_lse, *, bins, bins_per_nat, top_p):
+    """How many bins, best first, surely hold the share.
+
+    Args:
+      counts: int32 [B,K,G,bins or more]; bin i holds scores from i to i + 1 bins' width below base, and bin 0 also
+        those above base; the last one, all that are below.
+      base, peak, exact_lse: float32 [B,K,G]; peak is the largest score.
+
+    Returns:
+      Kept bins int32 [B,K,G], tokens in them int32 [B,K,G], estimated share of the mass float32 [B,K,G].
+    """
+    flat = (base.size,)
+    each = pl.BlockSpec((None,), lambda i: (i,))
+    out = _pallas.call(
+        functools.partial(_threshold_kernel, bins=bins, bins_per_nat=bins_per_nat, top_p=top_p),
         name="top_p_threshold",
         grid=flat,
-        in_specs=[pl.BlockSpec((None, 2 * BINS), lambda i: (i, 0)), per_query_head, per_query_head],
-        out_specs=[per_query_head] * 3,
-        out_shape=[like(flat, jnp.int32), like(flat, jnp.int32), like(flat, jnp.float32)],
-    )(counts.reshape(*flat, -1), peak.reshape(flat), exact_lse.reshape(flat))
-    kept_bins = kept_bins.reshape(peak.shape)
+        in_specs=[pl.BlockSpec((None, counts.shape[-1]), lambda i: (i, 0)), each, each, each],
+        out_specs=[each] * 3,
+        out_shape=[jax.ShapeDtypeStruct(flat, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)],
+    )(counts.reshape(*flat, -1), base.reshape(flat), peak.reshape(flat), exact_lse.reshape(flat))
+    return tuple(x.reshape(base.shape) for x in out)
 
-    mask_shape = like((batch, kv_heads, tokens // 32), jnp.int32)
-    mask, block_counts = _pallas.call(
-        functools.partial(_mark_kernel, block=block, sink=sink),
+
+def list_tokens(scores, peak, kept_bins, quantized, length, *, sink, bin_of):
+    """Tokens in kept bins of any query head, sinks and window: indices int32 [B,K,T] and counts int32 [B,K].
+
+    Args:
+      scores: [B,K,G,T], anything that `bin_of(score, peak)` maps to a bin.
+    """
+    batch, kv_heads, _, tokens = scores.shape
+    heads, block = batch * kv_heads, _block_tokens(tokens)
+    grid, per_block = (heads, tokens // block), pl.BlockSpec((None, None), lambda row, i: (row, i))
+    mask = jax.ShapeDtypeStruct((batch, kv_heads, tokens // 32), jnp.int32)
+    mask, counts = _pallas.call(
+        functools.partial(_mark_kernel, block=block, sink=sink, bin_of=bin_of),
         name="top_p_mark",
-        grid=(heads, blocks),
-        in_specs=[per_sequence, per_sequence, head(kept_bins), head(peak), head(scores)],
-        out_specs=[head(mask_shape), per_block],
-        out_shape=[mask_shape, like((heads, blocks), jnp.int32)],
+        grid=grid,
+        in_specs=[_per_sequence(kv_heads)] * 2 + [_per_head(x, kv_heads) for x in (kept_bins, peak, scores)],
+        out_specs=[_per_head(mask, kv_heads), per_block],
+        out_shape=[mask, jax.ShapeDtypeStruct(grid, jnp.int32)],
     )(quantized, length, kept_bins, peak, scores)
-
-    stops = jnp.cumsum(block_counts, axis=1)
-    indices_shape = like((batch, kv_heads, tokens), jnp.int32)
+    stops = jnp.cumsum(counts, axis=1)
+    indices = jax.ShapeDtypeStruct((batch, kv_heads, tokens), jnp.int32)
     indices = _pallas.call(
         functools.partial(_write_kernel, block=block),
         name="top_p_write",
-        grid=(heads, blocks),
-        in_specs=[per_sequence, per_block, head(mask_shape)],
-        out_specs=head(indices_shape),
-        out_shape=indices_shape,
-    )(length, stops - block_counts, mask)
-    return (
-        indices,
-        stops[:, -1].reshape(batch, kv_heads),
-        scored_count.reshape(peak.shape),
-        mass.reshape(peak.shape),
-    )
+        grid=grid,
+        in_specs=[_per_sequence(kv_heads), per_block, _per_head(mask, kv_heads)],
+        out_specs=_per_head(indices, kv_heads),
+        out_shape=indices,
+    )(length, stops - counts, mask)
+    return indices, stops[:, -1].reshape(batch, kv_heads)

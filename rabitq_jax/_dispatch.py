@@ -10,6 +10,11 @@ def on_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
+def on_hopper() -> bool:
+    """True if JAX's default backend is an NVIDIA Hopper GPU, and JAX new enough for the Mosaic kernels."""
+    return on_gpu() and jax.devices()[0].compute_capability == "9.0" and jax.__version_info__ >= (0, 11)
+
+
 def select(implementations: Mapping[str, Callable], name: str | None, *, gpu: str) -> Callable:
     """Return `implementations[name]`; `None` means `gpu` on a GPU and "xla" elsewhere.
 

@@ -15,8 +15,7 @@ from rabitq_jax.cache import LayerCache, append
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.dense_attention import decode_attention, prefill_attention
 from rabitq_jax.gathered_attention import gathered_attention
-from rabitq_jax.scores import proxy_scores
-from rabitq_jax.top_p import select_top_p
+from rabitq_jax.selection import select_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -98,21 +97,16 @@ def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scal
       float32 [B,K,G,D] and stats.
     """
     assert cache.codes is not None
-    with jax.named_scope("proxy_scores"):
+    with jax.named_scope("select_tokens"):
         quantized = key_codes.quantize_query(
             query, cache.codes.rotation, cache.codes.query_centroid, rounding=config.query_rounding, key=prng_key
         )
-        scores = proxy_scores(
-            query, quantized, cache.codes, cache.quantized,
-            softmax_scale=softmax_scale, implementation=config.scores,
-        )  # fmt: skip
-    with jax.named_scope("select_top_p"):
         exact_lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
         if config.top_p_scope == "all":
             exact_lse = _exact_logsumexp(query, cache, config, softmax_scale)
-        selection = select_top_p(
-            scores, exact_lse, cache.quantized, cache.length,
-            sink=config.sink, top_p=config.top_p, implementation=config.select,
+        selection = select_tokens(
+            query, quantized, cache.codes, exact_lse, cache.quantized, cache.length,
+            softmax_scale=softmax_scale, config=config,
         )  # fmt: skip
     with jax.named_scope("gathered_attention"):
         out = gathered_attention(

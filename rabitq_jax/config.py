@@ -12,6 +12,7 @@ QueryCentroid = Literal["none", "prompt"]
 QueryRounding = Literal["random", "nearest"]
 ScoreImplementation = Literal["xla", "popcount", "int4", "triton"]
 KernelImplementation = Literal["xla", "pallas"]
+SelectImplementation = Literal["xla", "pallas", "mosaic"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class RaBitQConfig:
         number a token).
       query_rounding: "random" (unbiased, needs a PRNG key in every decode step) or "nearest".
       scores, select, attend, quantize: implementation of each stage; None is the kernel on a GPU, XLA elsewhere.
+        select "mosaic" makes the scores too, so that `scores` must be None; it needs a Hopper GPU and JAX 0.11.
 
     Raises:
       ValueError: a value is outside its range.
@@ -51,7 +53,7 @@ class RaBitQConfig:
     query_centroid: QueryCentroid = "none"
     query_rounding: QueryRounding = "random"
     scores: ScoreImplementation | None = None
-    select: KernelImplementation | None = None
+    select: SelectImplementation | None = None
     attend: KernelImplementation | None = None
     quantize: KernelImplementation | None = None
 
@@ -68,6 +70,9 @@ class RaBitQConfig:
         for name in ("scores", "select", "attend", "quantize"):
             literal = typing.get_args(hints[name])[0]
             _check_choice(name, getattr(self, name), (None, *typing.get_args(literal)))
+
+        if self.select == "mosaic" and self.scores is not None:
+            raise ValueError(f"select 'mosaic' makes the scores itself: scores must be None, got {self.scores!r}")
 
     @property
     def window(self) -> int:

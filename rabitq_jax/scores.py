@@ -54,6 +54,13 @@ IMPLEMENTATIONS = {
 }
 
 
+def centroid_shift(query: jax.Array, codes: KeyCodes, softmax_scale: float) -> jax.Array:
+    """Scaled <q, c_k> for every centroid: float32 [B,K,G,C]."""
+    return softmax_scale * jnp.einsum(
+        "bkgd,bkcd->bkgc", query.astype(jnp.float32), codes.key_centroids.astype(jnp.float32), precision="highest"
+    )
+
+
 def proxy_scores(
     query: jax.Array,
     quantized: Int4Query,
@@ -85,9 +92,7 @@ def proxy_scores(
         raise ValueError(
             f"quantized queries have {quantized.levels.shape[-1]} dimensions, codes {32 * codes.bits.shape[-1]} bits"
         )
-    shift = softmax_scale * jnp.einsum(
-        "bkgd,bkcd->bkgc", query.astype(jnp.float32), codes.key_centroids.astype(jnp.float32), precision="highest"
-    )
+    shift = centroid_shift(query, codes, softmax_scale)
     score = select(IMPLEMENTATIONS, implementation, gpu="popcount")
     gain = quantized.step * softmax_scale
     return score(quantized.levels, codes.bits, gain, codes.scale, codes.bias, softmax_scale, shift, length=length)

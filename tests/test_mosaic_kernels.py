@@ -1,0 +1,143 @@
+"""The Mosaic GPU kernels: lowered anywhere, run on a Hopper GPU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.shapes import Shape
+from pallas_kernels import mosaic_score_bins, mosaic_top_p
+from rabitq_jax import attention
+from rabitq_jax._dispatch import on_hopper
+from rabitq_jax.cache import init_layer_cache
+from rabitq_jax.config import RaBitQConfig
+from rabitq_jax.scores import proxy_scores_reference
+from rabitq_jax.top_p import select_reference
+from tests.kernel_cases import lengths, score_inputs
+from tests.test_lowering import kernel_text
+
+SHAPES = [
+    Shape(1, 8, 4, 131072, 128),
+    Shape(2, 2, 4, 1024, 128),
+    Shape(3, 1, 5, 1536, 256),
+    Shape(1, 2, 1, 512, 128),
+    Shape(2, 3, 8, 10240, 128),
+    Shape(1, 2, 16, 3072, 384),
+]
+FIRST = 16
+SLACK = 1e-4
+
+
+def inputs(shape, *, centroids=4, bias=False, sharpness=1.0):
+    levels, bits, gain, scale, bias_values, bias_gain, shift = score_inputs(
+        shape, centroids=centroids, bias=bias, seed=3
+    )
+    return (levels, bits, gain * sharpness, scale, bias_values, bias_gain, shift)
+
+
+def ranges(shape):
+    length = lengths(shape, seed=3)
+    return length // 64 * 64 - 64, length
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_score_bins_lower_inside_a_loop(shape, bias, monkeypatch):
+    arrays = jax.eval_shape(lambda: [x for x in inputs(shape, bias=bias) if not isinstance(x, float)])
+
+    def run(*arrays):
+        *front, shift = arrays
+        bias_values = front.pop() if bias else None
+
+        def step(_, total):
+            bins, counts, peak = mosaic_score_bins.score_bins(
+                *front, bias_values, 0.125, shift, jnp.zeros(shift.shape[:3]), first=FIRST,
+                stop=jnp.full((shape.batch,), 256, jnp.int32),
+            )  # fmt: skip
+            return total + counts.sum() + bins.sum() + peak.sum()
+
+        return jax.lax.fori_loop(0, 2, step, 0.0)
+
+    assert "score_bins" in kernel_text(monkeypatch, run, *arrays)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU and JAX 0.11")
+class TestOnHopper:
+    @pytest.mark.parametrize("centroids,bias", [(1, True), (4, False), (16, True)])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_bins_counts_and_peaks(self, shape, centroids, bias):
+        arguments = inputs(shape, centroids=centroids, bias=bias)
+        stop, _ = ranges(shape)
+        z = np.asarray(proxy_scores_reference(*arguments), np.float64)
+        base = jnp.asarray(z.max(-1) - 2, jnp.float32)
+        run = jax.jit(lambda *a: mosaic_score_bins.score_bins(*a[:5], arguments[5], *a[5:-1], first=FIRST, stop=a[-1]))
+        arrays = (*arguments[:5], arguments[6], base, stop)
+        bins, counts, peak = map(np.asarray, run(*arrays))
+        scored = (np.arange(shape.tokens) >= FIRST) & (np.arange(shape.tokens) < np.asarray(stop)[:, None])
+        scored = np.broadcast_to(scored[:, None, None], z.shape)
+        want = np.clip(np.floor(8 * (np.asarray(base, np.float64)[..., None] - z)), 0, 255)
+        off = np.abs(bins.astype(int) - want)[scored]
+        assert off.max() <= 1
+        # float32 rounding decides only next to an edge.
+        edge = 8 * (np.asarray(base, np.float64)[..., None] - z)
+        assert np.all(np.abs(edge - np.round(edge))[scored][off == 1] < 1e-3)
+        for index in np.ndindex(counts.shape[:3]):
+            np.testing.assert_array_equal(np.bincount(bins[index][scored[index]], minlength=256), counts[index])
+        np.testing.assert_allclose(peak, np.where(scored, z, -np.inf).max(-1), rtol=1e-5)
+        again = run(*arrays)
+        np.testing.assert_array_equal(np.asarray(again[0])[scored], bins[scored])
+        np.testing.assert_array_equal(again[1], counts)
+        np.testing.assert_array_equal(again[2], peak)
+
+    @pytest.mark.parametrize("offset", [-20.0, -3.0, 0.0, 5.0])
+    @pytest.mark.parametrize("sharpness", [0.1, 1.0, 5.0])
+    @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+    def test_selection_is_a_superset_that_holds_the_share(self, shape, sharpness, offset):
+        arguments = inputs(shape, sharpness=sharpness)
+        quantized, length = ranges(shape)
+        z = proxy_scores_reference(*arguments)
+        exact_lse = jnp.full(z.shape[:3], -jnp.inf)
+        base = jnp.max(z, axis=-1) + offset
+        run = jax.jit(
+            lambda *a: mosaic_top_p.score_and_select(
+                *a[:5], arguments[5], *a[5:8], quantized, length, sink=FIRST, top_p=0.9
+            )
+        )
+        indices, counts, scored, mass = run(*arguments[:5], arguments[6], base, exact_lse)
+        want = select_reference(z, exact_lse, quantized, length, sink=FIRST, top_p=0.9)
+        z = np.asarray(z, np.float64)
+        for b, k in np.ndindex(counts.shape):
+            chosen = np.asarray(indices[b, k, : counts[b, k]])
+            assert np.all(np.diff(chosen) > 0)
+            missed = set(np.asarray(want.indices[b, k, : want.counts[b, k]]).tolist()) - set(chosen.tolist())
+            # Where two scores differ by a rounding, the kernel may keep the other one.
+            assert len(missed) <= 1
+            among = np.arange(FIRST, int(quantized[b]))
+            for g in range(shape.group):
+                weight = np.exp(z[b, k, g, among] - z[b, k, g, among].max())
+                assert weight[np.isin(among, chosen)].sum() >= 0.9 * (1 - SLACK) * weight.sum()
+        if offset >= 0:
+            assert np.asarray(scored).mean() <= 1.4 * np.asarray(want.scored).mean() + 2
+
+    def test_decoding_at_p_one_equals_dense_attention(self):
+        config = RaBitQConfig(top_p=1.0, select="mosaic")
+        cache = init_layer_cache(2, 1024, 2, 128, config, dtype=jnp.bfloat16)
+        dense = init_layer_cache(2, 1024, 2, 128, None, dtype=jnp.bfloat16)
+        keys = jax.random.split(jax.random.key(0), 6)
+        draw = lambda key, *size: jax.random.normal(key, size, jnp.bfloat16)  # noqa: E731
+        prompt = draw(keys[0], 2, 900, 8, 128), draw(keys[1], 2, 900, 2, 128), draw(keys[2], 2, 900, 2, 128)
+        new = draw(keys[3], 2, 8, 128), draw(keys[4], 2, 2, 128), draw(keys[5], 2, 2, 128)
+        _, cache = attention.prefill(*prompt, cache, config, new_tokens=jnp.array([900, 400]))
+        _, dense = attention.prefill(*prompt, dense, None, new_tokens=jnp.array([900, 400]))
+        out, _, stats = attention.decode(*new, cache, config, prng_key=jax.random.key(1))
+        want, _, _ = attention.decode(*new, dense, None)
+        np.testing.assert_array_equal(stats.kept, [[901] * 2, [401] * 2])
+        np.testing.assert_allclose(out.astype(np.float32), want.astype(np.float32), atol=2e-2)
+        sparse = dataclasses.replace(config, top_p=0.5)
+        _, _, stats = attention.decode(*new, cache, sparse, prng_key=jax.random.key(1))
+        assert np.all(stats.kept < np.array([[901], [401]])) and np.all(stats.mass >= 0.5)
