@@ -129,10 +129,10 @@ def deliver(heads, config: RaBitQConfig, seed: int) -> dict[str, float]:
             jnp.array([quantized]), jnp.array([tokens]), sink=config.sink, top_p=config.top_p, implementation="xla",
         )  # fmt: skip
         best_first = np.argsort(-scores[..., scored], axis=-1)
-        held = np.cumsum(np.take_along_axis(mass[..., scored], best_first, axis=-1), axis=-1)
-        own = np.take_along_axis(held, np.asarray(selection.scored[0])[..., None] - 1, axis=-1)[..., 0]
+        own = np.arange(len(scored)) < np.asarray(selection.scored[0])[..., None]
+        held = np.sum(np.take_along_axis(mass[..., scored], best_first, axis=-1) * own, axis=-1)
         found[f"kept{name}"] = float(np.mean(selection.counts) / tokens)
-        found[f"delivered{name}"] = float(np.mean(exact_mass + own))
+        found[f"delivered{name}"] = float(np.mean(exact_mass + held))
     return found
 
 
