@@ -47,22 +47,19 @@ def ranges(shape):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_score_bins_lower_inside_a_loop(shape, bias, monkeypatch):
-    arrays = jax.eval_shape(lambda: [x for x in inputs(shape, bias=bias) if not isinstance(x, float)])
+    *front, bias_values, bias_gain, shift = inputs(shape, bias=bias)
 
-    def run(*arrays):
-        *front, shift = arrays
-        bias_values = front.pop() if bias else None
-
+    def run(front, bias_values, shift):
         def step(_, total):
             bins, counts, peak = mosaic_score_bins.score_bins(
-                *front, bias_values, 0.125, shift, jnp.zeros(shift.shape[:3]), first=FIRST,
+                *front, bias_values, bias_gain, shift, jnp.zeros(shift.shape[:3]), first=FIRST,
                 stop=jnp.full((shape.batch,), 256, jnp.int32),
             )  # fmt: skip
             return total + counts.sum() + bins.sum() + peak.sum()
 
         return jax.lax.fori_loop(0, 2, step, 0.0)
 
-    assert "score_bins" in kernel_text(monkeypatch, run, *arrays)
+    assert "score_bins" in kernel_text(monkeypatch, run, front, bias_values, shift)
 
 
 @pytest.mark.gpu
