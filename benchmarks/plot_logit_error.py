@@ -13,12 +13,12 @@ CENTROIDS = {"key_centroid": ("block", "prompt"), "query_centroid": ("none", "pr
 
 def plot(errors: list[dict], delivery: list[dict], path: Path) -> None:
     """Errors by centroids (bars; rotations and roundings as points on them), and true against requested share."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
     head_dims = sorted({row["head_dim"] for row in errors})
     for axis, head_dim in zip(axes, head_dims, strict=False):
         _plot_errors(axis, [row for row in errors if row["head_dim"] == head_dim])
         axis.set(title=f"head dimension {head_dim}", ylabel="deviation of a logit's error, nats")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     _plot_delivery(axes[2], [row for row in delivery if row["head_dim"] == head_dims[-1]])
     axes[2].set_title(f"Top-p (p dotted), head dimension {head_dims[-1]}")
     figure.savefig(path, dpi=110)
@@ -48,5 +48,5 @@ def _plot_delivery(axis, rows) -> None:
             axis.plot(kept, delivered, "o-", color=color, fillstyle=fill, label=f"{kind}, p over {scope}")
     for p in {row["top_p"] for row in rows}:
         axis.axhline(p, color="k", linewidth=0.6, linestyle=":")
-    axis.set(xscale="log", xlabel="share of tokens attended", ylabel="true attention in a head's own tokens")
-    axis.legend(fontsize=8)
+    axis.set(xlabel="share of tokens attended", ylabel="true attention in a head's own tokens", xlim=0, ylim=(None, 1))
+    axis.legend(fontsize=8, loc="lower right")
