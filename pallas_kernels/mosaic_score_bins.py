@@ -9,6 +9,9 @@ fragments as they lie in memory; the columns are bit planes of INT4 queries.
 
     <u, bits> = plane 0 + 2 plane 1 + 4 plane 2 - 8 plane 3
 
+Codes of 64 bits lie two to a row; the columns then come twice, for the even tokens and for the odd ones, with zeros over
+the other token's words. Longer codes take several products, one for each 4 words.
+
 A warp scores 32 tokens at a time, in two products of 16; lane 4 g + t ends with tokens 4 g .. 4 g + 3 of head t. From
 there to a byte, for a score z and a head's `base`:
 
@@ -42,7 +45,9 @@ LEAST_KEY = -(2**31)
 
 def takes(tokens: int, words: int, centroids: int) -> bool:
     """Whether `score_bins` takes a capacity, words a code, and a number of centroids."""
-    return words % 4 == 0 and tokens % LEAST_BLOCK_TOKENS == 0 and tokens // centroids % STEP_TOKENS == 0
+    return (
+        (words == 2 or words % 4 == 0) and tokens % LEAST_BLOCK_TOKENS == 0 and tokens // centroids % STEP_TOKENS == 0
+    )
 
 
 def score_bins(levels, bits, gain, scale, bias, bias_gain, shift, base, *, first, stop):
@@ -54,8 +59,8 @@ def score_bins(levels, bits, gain, scale, bias, bias_gain, shift, base, *, first
       first: python int; stop: int32 [B]. Tokens in [first, stop) are scored.
 
     Returns:
-      bins uint8 [B,K,G,T], undefined outside [first, stop); counts int32 [B,K,G,256]; peak float32 [B,K,G], the
-      largest score that is a number (-inf if there is none).
+      bins int32 [B,K,G,T/4], a byte a token, lowest first, undefined outside [first, stop); counts int32
+      [B,K,G,256]; peak float32 [B,K,G], the largest score that is a number (-inf if there is none).
 
     Raises:
       NotImplementedError: the code's words are not a multiple of 4, a centroid's tokens not one of 32, or T not one
@@ -66,7 +71,7 @@ def score_bins(levels, bits, gain, scale, bias, bias_gain, shift, base, *, first
     centroids = shift.shape[-1]
     if not takes(tokens, words, centroids):
         raise NotImplementedError(
-            f"the kernel takes codes of multiples of 128 bits, capacities of multiples of 512 tokens and centroids of "
+            f"the kernel takes codes of 64 or multiples of 128 bits, capacities of multiples of 512 tokens and centroids of "
             f"multiples of {STEP_TOKENS}, got {32 * words}, {tokens} and {tokens // centroids}"
         )
     rows, groups = batch * kv_heads, -(-group // HEADS)
@@ -93,9 +98,8 @@ def score_bins(levels, bits, gain, scale, bias, bias_gain, shift, base, *, first
         blocks=rows * (tokens // block),
         shared_words=padded * BINS + padded,
     )(*inputs, stop, counts, keys)
-    as_bytes = jax.lax.bitcast_convert_type(bins, jnp.uint8)
     return (
-        as_bytes.reshape(batch, kv_heads, group, tokens),
+        bins.reshape(batch, kv_heads, group, tokens // 4),
         counts[...].reshape(batch, kv_heads, padded, BINS)[:, :, :group],
         _from_key(keys[...]).reshape(batch, kv_heads, padded)[:, :, :group],
     )
@@ -167,20 +171,20 @@ class _Scorer:
         return m.add(m.multiply(self.row, self.sizes.padded), m.add(self.t, HEADS * h))
 
     def _load_columns(self, planes):
-        """B fragments: [group][product][step of 4 words]."""
+        """B fragments: [group][product][step of 4 words, or even and odd tokens]."""
         words = self.sizes.words
         head, plane = m.right(self.quad, 1), m.bit_and(self.quad, 1)
-        word = m.add(
-            m.multiply(m.add(m.multiply(m.add(m.multiply(self.row, self.sizes.padded), head), 4), plane), words), self.t
-        )
-        at = m.address(planes, word)
-        return [
-            [
-                [m.load(at, offset=4 * ((4 * HEADS * h + 2 * p) * words + 4 * k))[0] for k in range(words // 4)]
-                for p in range(2)
-            ]
-            for h in range(self.sizes.groups)
-        ]
+        column = m.add(m.multiply(m.add(m.multiply(self.row, self.sizes.padded), head), 4), plane)
+        at = m.address(planes, m.add(m.multiply(column, words), m.bit_and(self.t, min(words, 4) - 1)))
+
+        def load(h, p):
+            offset = 4 * (4 * HEADS * h + 2 * p) * words
+            if words == 2:
+                word, is_even = m.load(at, offset=offset)[0], m.less(self.t, 2)
+                return [m.select(is_even, word, 0), m.select(is_even, 0, word)]
+            return [m.load(at, offset=offset + 16 * k)[0] for k in range(words // 4)]
+
+        return [[load(h, p) for p in range(2)] for h in range(self.sizes.groups)]
 
     def no_peaks(self):
         return [m.value(float("-inf"))] * self.sizes.groups
@@ -196,12 +200,14 @@ class _Scorer:
         return peaks
 
     def _load(self, token):
-        """A fragments of tokens .. + 3, [token][step of 4 words]; their scales; biases or None; shifts, one a group."""
+        """A fragments of tokens .. + 3, [row][step of 4 words]; their scales; biases or None; shifts, one a group."""
         sizes = self.sizes
         at = m.add(m.multiply(self.row, sizes.tokens), token)
         words = m.address(self.bits, m.add(m.multiply(at, sizes.words), self.t))
+        row_words = max(sizes.words, 4)
         fragments = [
-            [m.load(words, offset=4 * (i * sizes.words + 4 * k))[0] for k in range(sizes.words // 4)] for i in range(4)
+            [m.load(words, offset=4 * (row * row_words + 4 * k))[0] for k in range(row_words // 4)]
+            for row in range(4 * sizes.words // row_words)
         ]
         scale, *bias = (
             [x for w in m.load(m.address(x, m.right(at, 1)), words=2) for x in m.bfloat16_pair(w)]
@@ -250,17 +256,24 @@ class _Scorer:
 
 
 def _dots(fragments, columns):
-    """Four integer products <u, bits>, as i32 with MAGIC added."""
+    """Integer products <u, bits> of four tokens in order, as i32 with MAGIC added."""
+    if len(fragments) == 2:  # two tokens a row
+        even, odd = (_product(fragments, [[step[i]] for step in columns]) for i in range(2))
+        return [even[0], odd[0], even[1], odd[1]]
+    return _product(fragments[:2], columns) + _product(fragments[2:], columns)
+
+
+def _product(rows, columns):
+    """The products of two rows' fragments [row][step] with the columns of products 0 and 1, [product][step]."""
+    low, high = [MAGIC, 0, MAGIC, 0], [0, 0, 0, 0]
+    for k in range(len(columns[0])):
+        fragment = [row[k] for row in rows]
+        low = m.binary_product(fragment, columns[0][k], low)
+        high = m.binary_product(fragment, columns[1][k], high)
     dots = []
-    for pair in (fragments[:2], fragments[2:]):
-        low, high = [MAGIC, 0, MAGIC, 0], [0, 0, 0, 0]
-        for k in range(len(columns[0])):
-            rows = [fragment[k] for fragment in pair]
-            low = m.binary_product(rows, columns[0][k], low)
-            high = m.binary_product(rows, columns[1][k], high)
-        for half in (0, 2):
-            upper = m.subtract(high[half], m.left(high[half + 1], 1))
-            dots.append(m.add(m.add(low[half], m.left(low[half + 1], 1)), m.left(upper, 2)))
+    for half in (0, 2):
+        upper = m.subtract(high[half], m.left(high[half + 1], 1))
+        dots.append(m.add(m.add(low[half], m.left(low[half + 1], 1)), m.left(upper, 2)))
     return dots
 
 

@@ -4,7 +4,7 @@ score_bins   (Mosaic GPU)  codes and INT4 queries -> one byte a score, counts of
 threshold, mark, write     as in top_p.py, from bytes instead of scores
 """
 
-import jax.numpy as jnp
+import functools
 
 from pallas_kernels import mosaic_score_bins
 from pallas_kernels import top_p as top_p_kernels
@@ -37,7 +37,6 @@ def score_and_select(
         counts, base, peak, exact_lse,
         bins=mosaic_score_bins.BINS, bins_per_nat=mosaic_score_bins.BINS_PER_NAT, top_p=top_p,
     )  # fmt: skip
-    indices, n_attended = top_p_kernels.list_tokens(
-        bins, base, kept_bins, quantized, length, sink=sink, bin_of=lambda bin_, _: bin_.astype(jnp.int32)
-    )
+    mark = functools.partial(top_p_kernels.mark_bins_kernel, sink=sink)
+    indices, n_attended = top_p_kernels.list_tokens(mark, [kept_bins, bins], quantized, length, tokens=bits.shape[2])
     return indices, n_attended, n_scored, mass

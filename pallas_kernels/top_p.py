@@ -92,30 +92,57 @@ def _threshold_kernel(
     mass_ref[...] = jnp.where(total == 0, 1.0, (exact + jnp.sum(jnp.where(kept, middle, 0.0))) / total)
 
 
-def _mark_kernel(
-    quantized_ref, length_ref, kept_bins_ref, peak_ref, scores_ref, mask_ref, count_ref, *, block, sink, bin_of
+def mark_scores_kernel(
+    quantized_ref, length_ref, kept_bins_ref, peak_ref, scores_ref, mask_ref, count_ref, *, block, sink
 ):
     """quantized, length [], kept_bins and peak [G], scores [G,T] -> mask int32 [T/32], count [] of this block."""
-    start = pl.program_id(1) * block
-    quantized, length = quantized_ref[...], length_ref[...]
 
-    @pl.when(start >= length)
-    def _():
-        count_ref[...] = jnp.zeros((), jnp.int32)
-
-    @pl.when(start < length)
-    def _():
-        shape = (block // 32, 32)
-        bit = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        token = start + 32 * jax.lax.broadcasted_iota(jnp.int32, shape, 0) + bit
-        scored = _scored(token, quantized, sink)
-        wanted = jnp.zeros(shape, jnp.bool_)
+    def mark(token):
+        scored = _scored(token, quantized_ref[...], sink)
+        wanted = jnp.zeros(token.shape, jnp.bool_)
         for g in range(scores_ref.shape[0]):
             score = _pallas.load_masked(scores_ref, (g + 0 * token, token), scored)
             wanted |= bin_of(score, peak_ref[g]) < kept_bins_ref[g]
-        keep = ((scored & wanted) | (~scored & (token < length))).astype(jnp.int32)
-        count_ref[...] = jnp.sum(jnp.sum(keep, axis=1))
-        mask_ref[pl.ds(start // 32, block // 32)] = jnp.sum(keep << bit, axis=1)
+        return (scored & wanted) | (~scored & (token < length_ref[...]))
+
+    _mark_block(mark, 1, length_ref, mask_ref, count_ref, block)
+
+
+def mark_bins_kernel(quantized_ref, length_ref, kept_bins_ref, bins_ref, mask_ref, count_ref, *, block, sink):
+    """quantized, length [], kept_bins [G], bins int32 [G,T/4], a byte a token -> mask int32 [T/32], count []."""
+
+    def mark(token):
+        word = token // 4
+        words = [_pallas.load_masked(bins_ref, (g + 0 * word, word), word >= 0) for g in range(bins_ref.shape[0])]
+        nibble = jnp.zeros(token.shape, jnp.int32)
+        for byte in range(4):
+            scored = _scored(token + byte, quantized_ref[...], sink)
+            wanted = jnp.zeros(token.shape, jnp.bool_)
+            for g, bins in enumerate(words):
+                wanted |= ((bins >> (8 * byte)) & 255) < kept_bins_ref[g]
+            keep = (scored & wanted) | (~scored & (token + byte < length_ref[...]))
+            nibble |= keep.astype(jnp.int32) << byte
+        return nibble
+
+    _mark_block(mark, 4, length_ref, mask_ref, count_ref, block)
+
+
+def _mark_block(mark, tokens_each, length_ref, mask_ref, count_ref, block):
+    """Store a block's mask and the number of its ones; `mark(token)` gives `tokens_each` bits from token on."""
+    start = pl.program_id(1) * block
+
+    @pl.when(start >= length_ref[...])
+    def _():
+        count_ref[...] = jnp.zeros((), jnp.int32)
+
+    @pl.when(start < length_ref[...])
+    def _():
+        shape = (block // 32, 32 // tokens_each)
+        shift = tokens_each * jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        token = start + 32 * jax.lax.broadcasted_iota(jnp.int32, shape, 0) + shift
+        mask = jnp.sum(mark(token).astype(jnp.int32) << shift, axis=1)
+        count_ref[...] = jnp.sum(jax.lax.population_count(mask))
+        mask_ref[pl.ds(start // 32, block // 32)] = mask
 
 
 def _write_kernel(length_ref, offset_ref, mask_ref, indices_ref, *, block):
@@ -147,7 +174,8 @@ def select_top_p(scores, exact_lse, quantized, length, *, sink, top_p):
     kept_bins, n_scored, mass = kept_bins_of(
         counts, peak, peak, exact_lse, bins=BINS, bins_per_nat=BINS_PER_NAT, top_p=top_p
     )
-    indices, n_attended = list_tokens(scores, peak, kept_bins, quantized, length, sink=sink, bin_of=bin_of)
+    mark = functools.partial(mark_scores_kernel, sink=sink)
+    indices, n_attended = list_tokens(mark, [kept_bins, peak, scores], quantized, length, tokens=scores.shape[-1])
     return indices, n_attended, n_scored, mass
 
 
@@ -208,24 +236,26 @@ def kept_bins_of(counts, base, peak, exact_lse, *, bins, bins_per_nat, top_p):
     return tuple(x.reshape(base.shape) for x in out)
 
 
-def list_tokens(scores, peak, kept_bins, quantized, length, *, sink, bin_of):
-    """Tokens in kept bins of any query head, sinks and window: indices int32 [B,K,T] and counts int32 [B,K].
+def list_tokens(mark_kernel, inputs, quantized, length, *, tokens):
+    """Tokens that the kernel marks, in a list: indices int32 [B,K,T] and counts int32 [B,K].
 
     Args:
-      scores: [B,K,G,T], anything that `bin_of(score, peak)` maps to a bin.
+      mark_kernel: `mark_scores_kernel` or `mark_bins_kernel`, with its sink.
+      inputs: what it reads, arrays [B,K,...].
+      tokens: T.
     """
-    batch, kv_heads, _, tokens = scores.shape
+    batch, kv_heads = inputs[0].shape[:2]
     heads, block = batch * kv_heads, _block_tokens(tokens)
     grid, per_block = (heads, tokens // block), pl.BlockSpec((None, None), lambda row, i: (row, i))
     mask = jax.ShapeDtypeStruct((batch, kv_heads, tokens // 32), jnp.int32)
     mask, counts = _pallas.call(
-        functools.partial(_mark_kernel, block=block, sink=sink, bin_of=bin_of),
+        functools.partial(mark_kernel, block=block),
         name="top_p_mark",
         grid=grid,
-        in_specs=[_per_sequence(kv_heads)] * 2 + [_per_head(x, kv_heads) for x in (kept_bins, peak, scores)],
+        in_specs=[_per_sequence(kv_heads)] * 2 + [_per_head(x, kv_heads) for x in inputs],
         out_specs=[_per_head(mask, kv_heads), per_block],
         out_shape=[mask, jax.ShapeDtypeStruct(grid, jnp.int32)],
-    )(quantized, length, kept_bins, peak, scores)
+    )(quantized, length, *inputs)
     stops = jnp.cumsum(counts, axis=1)
     indices = jax.ShapeDtypeStruct((batch, kv_heads, tokens), jnp.int32)
     indices = _pallas.call(

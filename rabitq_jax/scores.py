@@ -56,9 +56,12 @@ IMPLEMENTATIONS = {
 
 def centroid_shift(query: jax.Array, codes: KeyCodes, softmax_scale: float) -> jax.Array:
     """Scaled <q, c_k> for every centroid: float32 [B,K,G,C]."""
+    # Products of two bfloat16 are exact in float32.
+    dtype = jnp.bfloat16 if query.dtype == jnp.bfloat16 else jnp.float32
     return softmax_scale * jnp.einsum(
-        "bkgd,bkcd->bkgc", query.astype(jnp.float32), codes.key_centroids.astype(jnp.float32), precision="highest"
-    )
+        "bkgd,bkcd->bkgc", query.astype(dtype), codes.key_centroids.astype(dtype),
+        precision="highest", preferred_element_type=jnp.float32,
+    )  # fmt: skip
 
 
 def proxy_scores(

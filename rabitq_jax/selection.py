@@ -1,5 +1,7 @@
 """The tokens that a decode step attends, from queries and key codes: scores, then Top-p; on Hopper GPUs both in one."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -7,8 +9,11 @@ from pallas_kernels import mosaic_top_p
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.codes import Int4Query, KeyCodes
 from rabitq_jax.config import RaBitQConfig
-from rabitq_jax.scores import centroid_shift, proxy_scores
+from rabitq_jax.scores import centroid_shift, proxy_scores, proxy_scores_reference
 from rabitq_jax.top_p import Selection, select_top_p
+
+SAMPLES = 128
+HEADROOM = 2.0
 
 
 def select_tokens(
@@ -53,32 +58,31 @@ def select_tokens(
 def _select_mosaic(query, quantized_query, codes, exact_lse, quantized, length, softmax_scale, config) -> Selection:
     shift = centroid_shift(query, codes, softmax_scale)
     gain = quantized_query.step * softmax_scale
+    base = likely_peak(quantized_query, gain, codes, softmax_scale, shift, config.sink, quantized)
     indices, counts, scored, mass = mosaic_top_p.score_and_select(
         quantized_query.levels, codes.bits, gain, codes.scale, codes.bias, softmax_scale, shift,
-        _likely_peak(quantized_query, gain, codes, shift, quantized), exact_lse, quantized, length,
-        sink=config.sink, top_p=config.top_p,
+        base, exact_lse, quantized, length, sink=config.sink, top_p=config.top_p,
     )  # fmt: skip
     return Selection(indices=indices, counts=counts, scored=scored, mass=mass)
 
 
-SAMPLES = 256
-DEVIATIONS = 4.3
-HEADROOM = 4.0
+def likely_peak(quantized_query: Int4Query, gain, codes: KeyCodes, softmax_scale, shift, sink: int, quantized):
+    """Where the largest score is likely to be, from a sample of the tokens: float32 [B,K,G], the top of the bins.
 
-
-def _likely_peak(quantized_query: Int4Query, gain, codes: KeyCodes, shift, quantized) -> jax.Array:
-    """A number that the largest score is not likely to pass, float32 [B,K,G]: the top of the bins.
-
-    It need not be right: scores above it are kept, and counted for less than they are, so that a few tokens more are
-    selected. The estimate takes bits for random, so that a score has the deviation gain |u| scale about its centroid's.
+    It need not be right. Below the largest score, all tokens above it are kept; far above, bins are left unused.
     """
-    tokens = codes.bits.shape[2]
-    position = jnp.arange(0, tokens, max(1, tokens // SAMPLES))
-    scale = codes.scale[:, :, position].astype(jnp.float32)
-    valid = (position < quantized[:, None])[:, None] & jnp.isfinite(scale)
-    mean = jnp.sum(jnp.where(valid, scale, 0), axis=-1) / jnp.maximum(jnp.sum(valid, axis=-1), 1)
-    norm = jnp.linalg.norm(quantized_query.levels.astype(jnp.float32), axis=-1)
-    has_code = jnp.arange(shift.shape[-1]) * codes.tokens_per_centroid < quantized[:, None]
-    centre = jnp.max(jnp.where(has_code[:, None, None] & jnp.isfinite(shift), shift, -jnp.inf), axis=-1)
-    centre = jnp.where(centre == -jnp.inf, 0.0, centre)
-    return centre + DEVIATIONS * gain * norm * mean[..., None] + HEADROOM
+    scored = jnp.maximum(quantized - sink, 0)
+    position = sink + (scored[:, None] * (2 * jnp.arange(SAMPLES) + 1)) // (2 * SAMPLES)
+    at = lambda x: jnp.take_along_axis(x, position.reshape(-1, 1, SAMPLES, *(1,) * (x.ndim - 3)), axis=2)  # noqa: E731
+    centroid = (position // codes.tokens_per_centroid)[:, None, None]
+    scores = proxy_scores_reference(
+        quantized_query.levels, at(codes.bits), gain, at(codes.scale), None if codes.bias is None else at(codes.bias),
+        softmax_scale, jnp.take_along_axis(shift, centroid, axis=3),
+    )  # fmt: skip
+    scores = jnp.where(jnp.isfinite(scores), scores, 0)
+    # The typical largest of n normal numbers, in deviations above their mean.
+    log_n = jnp.log(jnp.maximum(scored, SAMPLES).astype(jnp.float32))
+    root = jnp.sqrt(2 * log_n)
+    deviations = root - (jnp.log(log_n) + math.log(4 * math.pi)) / (2 * root)
+    normal = jnp.mean(scores, axis=-1) + deviations[:, None, None] * jnp.std(scores, axis=-1)
+    return jnp.maximum(normal, jnp.max(scores, axis=-1)) + HEADROOM
