@@ -9,8 +9,8 @@ fragments as they lie in memory; the columns are bit planes of INT4 queries.
 
     <u, bits> = plane 0 + 2 plane 1 + 4 plane 2 - 8 plane 3
 
-Codes of 64 bits lie two to a row; the columns then come twice, for the even tokens and for the odd ones, with zeros over
-the other token's words. Longer codes take several products, one for each 4 words.
+Codes of 64 bits lie two to a row; the columns then come twice, for the even tokens and for the odd ones, with zeros
+over the other token's words. Longer codes take several products, one for each 4 words.
 
 A warp scores 32 tokens at a time, in two products of 16; lane 4 g + t ends with tokens 4 g .. 4 g + 3 of head t. From
 there to a byte, for a score z and a head's `base`:
@@ -71,8 +71,8 @@ def score_bins(levels, bits, gain, scale, bias, bias_gain, shift, base, *, first
     centroids = shift.shape[-1]
     if not takes(tokens, words, centroids):
         raise NotImplementedError(
-            f"the kernel takes codes of 64 or multiples of 128 bits, capacities of multiples of 512 tokens and centroids of "
-            f"multiples of {STEP_TOKENS}, got {32 * words}, {tokens} and {tokens // centroids}"
+            "the kernel takes codes of 64 or multiples of 128 bits, capacities of multiples of 512 tokens and centroids "
+            f"of multiples of {STEP_TOKENS}, got {32 * words}, {tokens} and {tokens // centroids}"
         )
     rows, groups = batch * kv_heads, -(-group // HEADS)
     padded = HEADS * groups
