@@ -70,15 +70,21 @@ def _combine_kernel(peak_ref, total_ref, partial_ref, out_ref):
     out_ref[...] = jnp.where(total == 0, 0.0, out / total)
 
 
+def pad_query(query, dtype):
+    """Queries [B,K,G,D] as the rows of a product: [B,K,M,Dp], powers of two of at least 16, in the keys' dtype."""
+    sizes = [max(LEAST_ROWS, _pallas.power_of_two(size)) for size in query.shape[2:]]
+    pad = [(0, padded - size) for padded, size in zip(sizes, query.shape[2:], strict=True)]
+    return jnp.pad(query.astype(dtype), [(0, 0), (0, 0), *pad])
+
+
 def gathered_attention(query, keys, values, indices, counts, *, softmax_scale):
     """`rabitq_jax.gathered_attention.gathered_attention_reference`."""
     batch, kv_heads, group, head_dim = query.shape
     heads = batch * kv_heads
-    rows = max(LEAST_ROWS, _pallas.power_of_two(group))
-    columns = max(LEAST_ROWS, _pallas.power_of_two(head_dim))
     tile = _pallas.block_of(indices.shape[-1], TILE)
     splits = min(_pallas.power_of_two(pl.cdiv(PROGRAMS, heads)), _pallas.power_of_two(indices.shape[-1] // tile))
-    query = jnp.pad(query.astype(keys.dtype), ((0, 0), (0, 0), (0, rows - group), (0, columns - head_dim)))
+    query = pad_query(query, keys.dtype)
+    rows, columns = query.shape[2:]
 
     def head(shape):
         return pl.BlockSpec((None, None, *shape), lambda row, i: (row // kv_heads, row % kv_heads, *(0,) * len(shape)))

@@ -71,8 +71,8 @@ def score_bins(levels, bits, gain, scale, bias, bias_gain, shift, base, *, first
     centroids = shift.shape[-1]
     if not takes(tokens, words, centroids):
         raise NotImplementedError(
-            "the kernel takes codes of 64 or multiples of 128 bits, capacities of multiples of 512 tokens and centroids "
-            f"of multiples of {STEP_TOKENS}, got {32 * words}, {tokens} and {tokens // centroids}"
+            f"the kernel takes codes of 64 or multiples of 128 bits, capacities of multiples of {LEAST_BLOCK_TOKENS} "
+            f"tokens and centroids of multiples of {STEP_TOKENS}, got {32 * words}, {tokens} and {tokens // centroids}"
         )
     rows, groups = batch * kv_heads, -(-group // HEADS)
     padded = HEADS * groups

@@ -86,10 +86,10 @@ def _threshold_kernel(
         kept_bins = jnp.where(enough(0.0, 0.0), 0, jnp.minimum(short + 1, bins))
     kept = place < kept_bins
     middle = 0.5 * (upper + lower)
-    total = exact + jnp.sum(middle)
+    total, dropped = exact + jnp.sum(middle), jnp.sum(jnp.where(kept, 0.0, middle))
     kept_bins_ref[...] = kept_bins
     scored_ref[...] = jnp.sum(jnp.where(kept, counts, 0))
-    mass_ref[...] = jnp.where(total == 0, 1.0, (exact + jnp.sum(jnp.where(kept, middle, 0.0))) / total)
+    mass_ref[...] = jnp.where(total == 0, 1.0, 1.0 - dropped / total)
 
 
 def mark_scores_kernel(

@@ -14,6 +14,7 @@ from rabitq_jax import codes as key_codes
 from rabitq_jax.cache import LayerCache, append
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.dense_attention import decode_attention, prefill_attention
+from rabitq_jax.exact_logsumexp import exact_logsumexp
 from rabitq_jax.gathered_attention import gathered_attention
 from rabitq_jax.selection import select_tokens
 
@@ -103,7 +104,10 @@ def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scal
         )
         exact_lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
         if config.top_p_scope == "all":
-            exact_lse = _exact_logsumexp(query, cache, config, softmax_scale)
+            exact_lse = exact_logsumexp(
+                query, cache.keys, cache.quantized, cache.length,
+                sink=config.sink, window=config.window, softmax_scale=softmax_scale, implementation=config.attend,
+            )  # fmt: skip
         selection = select_tokens(
             query, quantized, cache.codes, exact_lse, cache.quantized, cache.length,
             softmax_scale=softmax_scale, config=config,
@@ -124,27 +128,6 @@ def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scal
         finite=jnp.all(jnp.isfinite(out), axis=(1, 2, 3)),
     )
     return out, stats
-
-
-def _exact_logsumexp(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float):
-    """Log-sum-exp of the exact logits of sinks and window, float32 [B,K,G]; the tokens that are not scored."""
-    size = min(config.window, cache.capacity)
-    window_start = jnp.minimum(cache.quantized, cache.capacity - size)
-    window = jax.vmap(lambda keys, start: jax.lax.dynamic_slice_in_dim(keys, start, size, axis=1))(
-        cache.keys, window_start
-    )
-    sink = min(config.sink, cache.capacity)
-    keys = jnp.concatenate([cache.keys[:, :, :sink], window], axis=2)
-    sink_position = jnp.broadcast_to(jnp.arange(sink), (query.shape[0], sink))
-    window_position = window_start[:, None] + jnp.arange(size)
-    length, quantized = cache.length[:, None], cache.quantized[:, None]
-    # A token of the window that is also a sink counts once.
-    in_window = (window_position >= quantized) & (window_position >= sink) & (window_position < length)
-    visible = jnp.concatenate([sink_position < length, in_window], axis=1)
-    logits = softmax_scale * jnp.einsum(
-        "bkgd,bksd->bkgs", query.astype(keys.dtype), keys, precision="highest", preferred_element_type=jnp.float32
-    )
-    return jax.nn.logsumexp(jnp.where(visible[:, None, None], logits, -jnp.inf), axis=-1)
 
 
 def _bytes_dense(cache: LayerCache):

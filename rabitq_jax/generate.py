@@ -1,6 +1,7 @@
 """`generate`: prompts in, tokens out, with a RaBitQ cache between."""
 
 import dataclasses
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -16,6 +17,9 @@ from rabitq_jax.cache import AttentionShape, Cache, init_cache, round_capacity
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.decoding import DecodeState, ModelDefinition, StepStats, decode_steps, prefill_chunk, start_decoding
 from rabitq_jax.sampling import Sampling
+
+# While streaming, steps are added to a call until it takes so long, or has so many.
+STREAM_SECONDS, STREAM_STEPS = 0.02, 16
 
 Tokens = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 
@@ -101,7 +105,8 @@ def generate(
       eos_token_ids: a sequence ends with one of these; the model's by default, () for no end.
       cache: of an earlier call, whose conversation the prompts continue. It is consumed: its buffers are reused.
       capacity: tokens that a new cache can hold; by default what this call needs.
-      on_token: called as on_token(step, int [B]) when each step's tokens are known; -1 for finished sequences.
+      on_token: called as on_token(step, int [B]) for each step in turn, soon after its tokens are known (a fast
+        model's come a few at a time); -1 for finished sequences.
       progress: show a progress bar of the prefill on stderr.
 
     Raises:
@@ -250,17 +255,30 @@ def _padded_size(tokens: int) -> int:
 
 
 def _stream(run, state: DecodeState, max_new_tokens: int, on_token) -> DecodeState:
-    """Run one step at a time. The next step is under way while a step's tokens are read and handed out."""
+    """Run a few steps at a time. The next few are under way while the tokens of the last are read and handed out."""
+    handed_out = 0
 
-    def report(step, tokens, lengths):
-        on_token(step, np.where(step < np.asarray(lengths), np.asarray(tokens)[:, step], -1))
+    def hand_out(tokens, lengths, stop):
+        nonlocal handed_out
+        tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+        for step in range(handed_out, min(stop, int(lengths.max()))):
+            on_token(step, np.where(step < lengths, tokens[:, step], -1))
+        handed_out = stop
 
-    report(0, state.tokens, state.lengths)
-    state, (tokens, lengths, finished) = run(state, 1)
-    for step in range(1, max_new_tokens):
-        state, following = run(state, step + 1)
+    hand_out(state.tokens, state.lengths, 1)
+    stop = steps = 1
+    state, known = run(state, stop)
+    while stop < max_new_tokens:
+        begin = time.perf_counter()
+        following_stop = min(stop + steps, max_new_tokens)
+        state, following = run(state, following_stop)
+        tokens, lengths, finished = known
+        hand_out(tokens, lengths, stop + 1)
         if np.asarray(finished).all():
-            break
-        report(step, tokens, lengths)
-        tokens, lengths, finished = following
+            return state
+        # A call costs the host a millisecond or two, which must not be paid for each token of a fast model.
+        if time.perf_counter() - begin < STREAM_SECONDS:
+            steps = min(2 * steps, STREAM_STEPS)
+        stop, known = following_stop, following
+    hand_out(known[0], known[1], max_new_tokens)
     return state

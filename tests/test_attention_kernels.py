@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rabitq_jax import codes as key_codes
-from rabitq_jax import gathered_attention, top_p
+from rabitq_jax import exact_logsumexp, gathered_attention, top_p
 from rabitq_jax.cache import init_layer_cache
 from rabitq_jax.config import RaBitQConfig
 from tests.kernel_cases import SHAPES, lengths, shares_of_best
@@ -251,3 +251,21 @@ def test_quantize_keys_refuses_an_interval_it_cannot_block():
     with pytest.raises(NotImplementedError, match="powers of two"):
         assert cache.codes is not None
         key_codes.update_codes(cache.keys, cache.codes, zero, zero, interval=100, max_blocks=1, implementation="pallas")
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 2e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_exact_logsumexp(shape, dtype, tolerance):
+    keys = jax.random.split(jax.random.key(10), 2)
+    query = jax.random.normal(keys[0], (shape.batch, shape.kv_heads, shape.group, shape.head_dim)).astype(dtype)
+    held = jax.random.normal(keys[1], (shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)).astype(dtype)
+    length = lengths(shape, seed=10).at[-1].set(7)
+    quantized = jnp.maximum(length // 64 * 64 - 64, 0)
+    for sink in (0, 20):
+        got, want = (
+            exact_logsumexp.exact_logsumexp(
+                query, held, quantized, length, sink=sink, window=128, softmax_scale=0.2, implementation=name
+            )
+            for name in ("pallas", "xla")
+        )
+        np.testing.assert_allclose(got, want, atol=tolerance)

@@ -1,6 +1,7 @@
 """generate: dense and sparse decoding, ragged batches, conversations, streaming, and what it refuses."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -224,10 +225,10 @@ def test_warns_past_the_models_range(model):
 
 def decode_state(model, config, capacity=512, num_steps=512):
     definition, params = ModelDefinition.split(model)
-    cache = init_cache(MODEL_CONFIG, 2, capacity, config, dtype=jnp.float32)
+    cache = init_cache(model.config, 2, capacity, config, dtype=model.dtype)
     tokens = np.array([prompt(100), prompt(100, 1)], np.int32)
     cache, hidden = prefill_chunk(
-        definition, params, cache, jnp.zeros((2, 32)), tokens, np.array([100, 60]), np.array([100, 60]),
+        definition, params, cache, jnp.zeros((2, 32), model.dtype), tokens, np.array([100, 60]), np.array([100, 60]),
         config=config, fresh=True, last=True,
     )  # fmt: skip
     return (
@@ -251,29 +252,39 @@ def test_300_steps_across_blocks_compile_once(model):
     assert state.cache.layers[1].quantized.tolist() == [384, 320]
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(None, id="dense"),
-        pytest.param(CONFIG, id="sparse"),
-        pytest.param(dataclasses.replace(CONFIG, **KERNELS), id="kernels", marks=pytest.mark.gpu),
-    ],
-)
-def test_a_decode_step_does_not_copy_the_cache(model, config):
+def compile_decode_steps(model, config):
     definition, params, state = decode_state(model, config, capacity=8192, num_steps=8)
-    cache_bytes, layer_shape = state.cache.nbytes, state.cache.layers[1].keys.shape
     compiled = decode_steps.lower(
         definition, params, state, KEY, jnp.int32(8), config=config, sampling=Sampling(), eos_token_ids=()
     ).compile()
+    return compiled, state.cache
+
+
+def copies(compiled, array):
+    """Instructions of the compiled program that copy an array of this shape and dtype."""
+    name = {"float32": "f32", "bfloat16": "bf16", "uint32": "u32"}[array.dtype.name]
+    pattern = rf"= \(?{name}\[{','.join(map(str, array.shape))}\]\S* copy(-start)?\("
+    return [line for line in compiled.as_text().splitlines() if re.search(pattern, line)]
+
+
+@pytest.mark.parametrize("config", [None, CONFIG], ids=["dense", "sparse"])
+def test_a_decode_step_does_not_copy_keys_and_values(model, config):
+    compiled, cache = compile_decode_steps(model, config)
     memory = compiled.memory_analysis()
     # All of the cache goes out in the buffers that it came in.
-    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.alias_size_in_bytes >= cache.nbytes
     # Decoding needs room for scores and unpacked signs of one layer, not for another cache.
-    assert memory.temp_size_in_bytes < cache_bytes
-    shape = ",".join(map(str, layer_shape))
-    copies = [
-        line
-        for line in compiled.as_text().splitlines()
-        if f"f32[{shape}]" in line.split("=")[-1][:60] and " copy(" in line
-    ]
-    assert copies == []
+    assert memory.temp_size_in_bytes < cache.nbytes
+    assert copies(compiled, cache.layers[1].keys) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [20, 64])
+def test_on_a_gpu_a_decode_step_copies_no_part_of_the_cache(head_dim):
+    shape = dataclasses.replace(MODEL_CONFIG, head_dim=head_dim)
+    model = Llama(shape, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    compiled, cache = compile_decode_steps(model, CONFIG)
+    codes = cache.layers[1].codes
+    for array in (cache.layers[0].keys, codes.bits, codes.scale, codes.key_centroids):
+        assert copies(compiled, array) == []
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache.nbytes
