@@ -10,19 +10,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas
-from pallas_kernels.gathered_attention import LOWEST, pad_query
+from pallas_kernels.gathered_attention import LOWEST, load_query, product_shape
 
 TILE = 64
 
 
 def _kernel(quantized_ref, length_ref, query_ref, keys_ref, out_ref, *, sink, softmax_scale):
-    """quantized, length [], query [M,Dp], keys [T,D] -> out [M]."""
+    """quantized, length [], query [G,D], keys [T,D] -> out [M]."""
     head_dim, length = keys_ref.shape[1], length_ref[...]
-    rows, columns = query_ref.shape
+    rows, columns = product_shape(*query_ref.shape)
     window_start = jnp.maximum(quantized_ref[...], sink)
     sinks = jnp.minimum(sink, length)
     count = sinks + jnp.maximum(length - window_start, 0)
-    query = query_ref[...]
+    query = load_query(query_ref, keys_ref.dtype)
     dim = jax.lax.broadcasted_iota(jnp.int32, (TILE, columns), 1)
 
     def add_tile(i, state):
@@ -44,8 +44,8 @@ def _kernel(quantized_ref, length_ref, query_ref, keys_ref, out_ref, *, sink, so
 def exact_logsumexp(query, keys, quantized, length, *, sink, window, softmax_scale):
     """`rabitq_jax.exact_logsumexp.exact_logsumexp_reference`."""
     del window  # the loop follows the lengths
-    batch, kv_heads, group, _ = query.shape
-    query = pad_query(query, keys.dtype)
+    batch, kv_heads, group, head_dim = query.shape
+    rows, _ = product_shape(group, head_dim)
     per_sequence = pl.BlockSpec((None,), lambda row: (row // kv_heads,))
 
     def head(*shape):
@@ -56,7 +56,7 @@ def exact_logsumexp(query, keys, quantized, length, *, sink, window, softmax_sca
         name="exact_logsumexp",
         grid=(batch * kv_heads,),
         in_specs=[per_sequence, per_sequence, head(*query.shape[2:]), head(*keys.shape[2:])],
-        out_specs=head(query.shape[2]),
-        out_shape=jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
+        out_specs=head(rows),
+        out_shape=jax.ShapeDtypeStruct((batch, kv_heads, rows), jnp.float32),
     )(quantized, length, query, keys)
     return out[:, :, :group]

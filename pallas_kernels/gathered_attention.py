@@ -24,14 +24,14 @@ def _attend_kernel(
     count_ref, query_ref, keys_ref, values_ref, indices_ref, peak_ref, total_ref, out_ref,
     *, splits, tile, softmax_scale,
 ):  # fmt: skip
-    """count [], query [M,Dp], keys and values [T,D], indices [S] -> peak and total [M], out [M,Dp] of this split."""
+    """count [], query [G,D], keys and values [T,D], indices [S] -> peak and total [M], out [M,Dp] of this split."""
     head_dim = keys_ref.shape[1]
-    rows, columns = query_ref.shape
+    rows, columns = product_shape(*query_ref.shape)
     count = count_ref[...]
     tiles = pl.cdiv(count, tile)
     split = pl.program_id(1)
     first, stop = split * tiles // splits, (split + 1) * tiles // splits
-    query = query_ref[...]
+    query = load_query(query_ref, keys_ref.dtype)
     dim = jax.lax.broadcasted_iota(jnp.int32, (tile, columns), 1)
 
     def load_rows(ref, index, valid):
@@ -70,21 +70,27 @@ def _combine_kernel(peak_ref, total_ref, partial_ref, out_ref):
     out_ref[...] = jnp.where(total == 0, 0.0, out / total)
 
 
-def pad_query(query, dtype):
-    """Queries [B,K,G,D] as the rows of a product: [B,K,M,Dp], powers of two of at least 16, in the keys' dtype."""
-    sizes = [max(LEAST_ROWS, _pallas.power_of_two(size)) for size in query.shape[2:]]
-    pad = [(0, padded - size) for padded, size in zip(sizes, query.shape[2:], strict=True)]
-    return jnp.pad(query.astype(dtype), [(0, 0), (0, 0), *pad])
+def product_shape(group, head_dim):
+    """Rows and columns of query heads in a matrix product: powers of two of at least 16."""
+    return tuple(max(LEAST_ROWS, _pallas.power_of_two(size)) for size in (group, head_dim))
+
+
+def load_query(query_ref, dtype):
+    """Queries [G,D] as the rows of a product, zeros behind them."""
+    group, head_dim = query_ref.shape
+    shape = product_shape(group, head_dim)
+    row, dim = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    return _pallas.load_masked(query_ref, (row, dim), (row < group) & (dim < head_dim)).astype(dtype)
 
 
 def gathered_attention(query, keys, values, indices, counts, *, softmax_scale):
     """`rabitq_jax.gathered_attention.gathered_attention_reference`."""
     batch, kv_heads, group, head_dim = query.shape
     heads = batch * kv_heads
-    tile = _pallas.block_of(indices.shape[-1], TILE)
+    rows, columns = product_shape(group, head_dim)
+    # Two rows of keys and values of a tile must fit into shared memory, three times for split float32.
+    tile = _pallas.block_of(indices.shape[-1], TILE if columns * keys.dtype.itemsize <= 512 else TILE // 2)
     splits = min(_pallas.power_of_two(pl.cdiv(PROGRAMS, heads)), _pallas.power_of_two(indices.shape[-1] // tile))
-    query = pad_query(query, keys.dtype)
-    rows, columns = query.shape[2:]
 
     def head(shape):
         return pl.BlockSpec((None, None, *shape), lambda row, i: (row // kv_heads, row % kv_heads, *(0,) * len(shape)))

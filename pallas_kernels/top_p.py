@@ -2,9 +2,8 @@
 
     histogram   program (kv head, block): counts of scores a bin, for each query head
     threshold   program (query head): running sums over the bins, best first, give the last bin that is kept
-    mark        program (kv head, block): tokens in kept bins of any query head, sinks and window -> bit mask, counts
-    (XLA)       running sum of the counts over blocks: where each block's tokens go in the list
-    write       program (kv head, block): the mask's tokens, to the list
+    mark        program (kv head, block): tokens in kept bins of any query head, sinks and window -> bit mask, count
+    write       program (kv head, block): the mask's tokens, to the list, behind those of the blocks before
 
 Counts are integers, so every run gives the same list. Mass is p or more whatever the rounding: a kept bin counts with
 its lower edge, a dropped one with its upper edge. The last bin holds everything more than 32 nats below the largest
@@ -145,15 +144,24 @@ def _mark_block(mark, tokens_each, length_ref, mask_ref, count_ref, block):
         mask_ref[pl.ds(start // 32, block // 32)] = mask
 
 
-def _write_kernel(length_ref, offset_ref, mask_ref, indices_ref, *, block):
-    """length, offset [], mask int32 [T/32] -> indices [T], this block's tokens from offset on."""
-    start = pl.program_id(1) * block
+def _write_kernel(length_ref, counts_ref, mask_ref, indices_ref, total_ref, *, block):
+    """length [], counts of all blocks [N], mask int32 [T/32] -> indices [T], behind those of blocks before; total []."""
+    i = pl.program_id(1)
+    start = i * block
+    blocks = counts_ref.shape[0]
+    other = jnp.arange(_pallas.power_of_two(blocks), dtype=jnp.int32)
+    counts = _pallas.load_masked(counts_ref, (other,), other < blocks)
+
+    @pl.when(i == 0)
+    def _():
+        total_ref[...] = jnp.sum(counts)
 
     @pl.when(start < length_ref[...])
     def _():
+        offset = jnp.sum(jnp.where(other < i, counts, 0))
         token = start + jnp.arange(block, dtype=jnp.int32)
         keep = (mask_ref[token // 32] >> (token % 32)) & 1
-        place = offset_ref[...] + jnp.cumsum(keep) - 1
+        place = offset + jnp.cumsum(keep) - 1
         _pallas.store_masked(indices_ref, (place,), token, keep == 1)
 
 
@@ -245,25 +253,29 @@ def list_tokens(mark_kernel, inputs, quantized, length, *, tokens):
       tokens: T.
     """
     batch, kv_heads = inputs[0].shape[:2]
-    heads, block = batch * kv_heads, _block_tokens(tokens)
-    grid, per_block = (heads, tokens // block), pl.BlockSpec((None, None), lambda row, i: (row, i))
-    mask = jax.ShapeDtypeStruct((batch, kv_heads, tokens // 32), jnp.int32)
+    block = _block_tokens(tokens)
+    grid = (batch * kv_heads, tokens // block)
+
+    def like(*shape):
+        return jax.ShapeDtypeStruct((batch, kv_heads, *shape), jnp.int32)
+
+    def head(array):
+        return _per_head(array, kv_heads)
+
+    per_block = pl.BlockSpec((None, None, None), lambda row, i: (row // kv_heads, row % kv_heads, i))
     mask, counts = _pallas.call(
         functools.partial(mark_kernel, block=block),
         name="top_p_mark",
         grid=grid,
-        in_specs=[_per_sequence(kv_heads)] * 2 + [_per_head(x, kv_heads) for x in inputs],
-        out_specs=[_per_head(mask, kv_heads), per_block],
-        out_shape=[mask, jax.ShapeDtypeStruct(grid, jnp.int32)],
+        in_specs=[_per_sequence(kv_heads)] * 2 + [head(x) for x in inputs],
+        out_specs=[head(like(tokens // 32)), per_block],
+        out_shape=[like(tokens // 32), like(tokens // block)],
     )(quantized, length, *inputs)
-    stops = jnp.cumsum(counts, axis=1)
-    indices = jax.ShapeDtypeStruct((batch, kv_heads, tokens), jnp.int32)
-    indices = _pallas.call(
+    return _pallas.call(
         functools.partial(_write_kernel, block=block),
         name="top_p_write",
         grid=grid,
-        in_specs=[_per_sequence(kv_heads), per_block, _per_head(mask, kv_heads)],
-        out_specs=_per_head(indices, kv_heads),
-        out_shape=indices,
-    )(length, stops - counts, mask)
-    return indices, stops[:, -1].reshape(batch, kv_heads)
+        in_specs=[_per_sequence(kv_heads), head(counts), head(mask)],
+        out_specs=[head(like(tokens)), head(like())],
+        out_shape=[like(tokens), like()],
+    )(length, counts, mask)
