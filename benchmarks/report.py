@@ -52,7 +52,7 @@ def results(decode: dict[str, Any], generate: dict[str, Any]) -> str:
         f"p = {decode['top_p']:g}; random keys, and queries whose logits deviate by {decode['sharpness']:g} nats "
         f"({provenance(decode, 'decode.json')}). Dense attention over the whole cache is `decode` without codes (XLA), "
         "and cuDNN's through jax.nn, without appending the token. RaBitQ's time is that of all its parts: appending, "
-        "query rotation and rounding, scores, selection, attention, quantization. The ratio is to the faster dense one.",
+        "query rotation and rounding, scores, selection, attention, quantization. The ratio is to the faster dense.",
         "",
         "| batch | tokens | dense XLA, µs | dense cuDNN, µs | RaBitQ, µs | ratio | tokens attended | bytes read |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

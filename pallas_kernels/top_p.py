@@ -145,7 +145,7 @@ def _mark_block(mark, tokens_each, length_ref, mask_ref, count_ref, block):
 
 
 def _write_kernel(length_ref, counts_ref, mask_ref, indices_ref, total_ref, *, block):
-    """length [], counts of all blocks [N], mask int32 [T/32] -> indices [T], behind those of blocks before; total []."""
+    """length [], counts of all blocks [N], mask int32 [T/32] -> indices [T], in order of the blocks; total []."""
     i = pl.program_id(1)
     start = i * block
     blocks = counts_ref.shape[0]
