@@ -5,6 +5,7 @@ python -m benchmarks.report          # rewrites README.md between its markers, a
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def best_dense(row: dict[str, Any]) -> float:
 
 def headline(decode: dict[str, Any]) -> str:
     row = next(row for row in decode["rows"] if sizes(row) == (8, 131072))
-    return (
+    return paragraph(
         f"One attention layer of Llama-3.1-8B's shape, decoding 8 sequences of 128K tokens on an "
         f"{decode['environment']['device']}: **{row['rabitq_us']:.0f} µs instead of {best_dense(row):.0f} µs**, "
         f"{row['kept']:.1%} of the tokens attended, {row['bytes_read']:.1%} of the bytes read "
@@ -47,12 +48,15 @@ def headline(decode: dict[str, Any]) -> str:
 
 
 def results(decode: dict[str, Any], generate: dict[str, Any]) -> str:
-    lines = [
+    about_decode = (
         "**One decode step of one layer**: 32 query heads, 8 kv heads, 128 dimensions, bfloat16, "
         f"p = {decode['top_p']:g}; random keys, and queries whose logits deviate by {decode['sharpness']:g} nats "
         f"({provenance(decode, 'decode.json')}). Dense attention over the whole cache is `decode` without codes (XLA), "
         "and cuDNN's through jax.nn, without appending the token. RaBitQ's time is that of all its parts: appending, "
-        "query rotation and rounding, scores, selection, attention, quantization. The ratio is to the faster dense.",
+        "query rotation and rounding, scores, selection, attention, quantization. The ratio is to the faster dense."
+    )
+    lines = [
+        paragraph(about_decode),
         "",
         "| batch | tokens | dense XLA, µs | dense cuDNN, µs | RaBitQ, µs | ratio | tokens attended | bytes read |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -60,17 +64,20 @@ def results(decode: dict[str, Any], generate: dict[str, Any]) -> str:
     for row in decode["rows"]:
         batch, tokens = sizes(row)
         lines.append(
-            f"| {batch} | {tokens // 1024}K | {row['dense_us']:.0f} | {row['cudnn_us']:.0f} | {row['rabitq_us']:.0f} "
+            f"| {batch} | {thousands(tokens)} | {row['dense_us']:.0f} | {row['cudnn_us']:.0f} | {row['rabitq_us']:.0f} "
             f"| {best_dense(row) / row['rabitq_us']:.2f} | {row['kept']:.1%} | {row['bytes_read']:.1%} |"
         )
     model = generate["model"]
+    about_generate = (
+        f"**A whole model**: Llama-3.2-1B's shape ({model['num_layers']} layers, {model['num_kv_heads']} kv heads of "
+        f"{model['head_dim']} dimensions) with random weights, {generate['prompt_tokens']:,} prompt tokens, "
+        f"{generate['new_tokens']} new ones, batch 1, {generate['dtype']} ({provenance(generate, 'generate.json')}):"
+    )
     lines += [
         "",
         "![Time of a decode step against the length of the context](benchmarks/results/decode.png)",
         "",
-        f"**A whole model**: Llama-3.2-1B's shape ({model['num_layers']} layers, {model['num_kv_heads']} kv heads of "
-        f"{model['head_dim']} dimensions) with random weights, {generate['prompt_tokens']:,} prompt tokens, "
-        f"{generate['new_tokens']} new ones, batch 1, {generate['dtype']} ({provenance(generate, 'generate.json')}):",
+        paragraph(about_generate),
         "",
         "| decoding | prefill, tokens/s | decode, tokens/s | tokens attended | bytes of the cache read |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -81,6 +88,15 @@ def results(decode: dict[str, Any], generate: dict[str, Any]) -> str:
             f"| {row['kept']:.1%} | {row['bytes_read']:.1%} |"
         )
     return "\n".join(lines)
+
+
+def paragraph(text: str) -> str:
+    """Text in lines of up to 120 characters."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def thousands(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens < 1 << 20 else f"{tokens >> 20}M"
 
 
 def provenance(result: dict[str, Any], name: str) -> str:
@@ -99,7 +115,7 @@ def plot_decode(decode: dict[str, Any], path: Path) -> None:
         axes.loglog(tokens, [best_dense(row) for row in rows], "o--", color=color, label=f"dense, batch {batch}")
         axes.loglog(tokens, [row["rabitq_us"] for row in rows], "o-", color=color, label=f"RaBitQ, batch {batch}")
     ticks = sorted({sizes(row)[1] for row in decode["rows"]})
-    axes.set_xticks(ticks, [f"{tick // 1024}K" for tick in ticks], minor=False)
+    axes.set_xticks(ticks, [thousands(tick) for tick in ticks], minor=False)
     axes.minorticks_off()
     axes.set(xlabel="tokens in the cache", ylabel="µs a layer and step", title=decode["environment"]["device"])
     axes.grid(alpha=0.3)
