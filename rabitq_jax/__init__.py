@@ -2,7 +2,7 @@
 
 from rabitq_jax.cache import Cache, init_cache
 from rabitq_jax.config import RaBitQConfig
-from rabitq_jax.generate import Generation, generate
+from rabitq_jax.generation import Generation, generate
 from rabitq_jax.sampling import Sampling
 
 __all__ = ["Cache", "Generation", "RaBitQConfig", "Sampling", "generate", "init_cache"]

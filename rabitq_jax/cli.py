@@ -14,7 +14,7 @@ from models.folder import read_config
 from models.pretrained import find_folder
 from rabitq_jax.cache import init_cache, round_capacity
 from rabitq_jax.config import RaBitQConfig
-from rabitq_jax.generate import Generation, generate
+from rabitq_jax.generation import Generation, generate
 from rabitq_jax.sampling import Sampling
 
 DEFAULT = RaBitQConfig()

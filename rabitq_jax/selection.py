@@ -42,6 +42,8 @@ def select_tokens(
     Raises:
       NotImplementedError: the kernel that was named cannot take the shape.
     """
+    if config.select == "mosaic" and not on_hopper():
+        raise NotImplementedError("select 'mosaic' needs a Hopper GPU and JAX 0.11 or newer")
     unnamed = config.scores is None and config.select is None
     if config.select == "mosaic" or (unnamed and on_hopper() and mosaic_top_p.takes(codes.bits, codes.key_centroids)):
         return _select_mosaic(query, quantized_query, codes, exact_lse, quantized, length, softmax_scale, config)

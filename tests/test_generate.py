@@ -11,6 +11,7 @@ from flax import nnx
 
 from models import Llama, LlamaConfig, causal_attention
 from rabitq_jax import RaBitQConfig, Sampling, generate, init_cache
+from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.decoding import ModelDefinition, decode_steps, prefill_chunk, start_decoding
 
 MODEL_CONFIG = LlamaConfig(
@@ -105,6 +106,21 @@ def test_a_conversation_goes_on_without_its_first_part(model, config):
     goes_on = generate(model, second, exact, max_new_tokens=16, key=KEY, cache=begun.cache)
     assert goes_on.cache.length[0] == len(whole) + 16
     np.testing.assert_array_equal(goes_on.tokens, generate(model, whole, None, max_new_tokens=16, key=KEY).tokens)
+
+
+@pytest.mark.parametrize("config", [None, EXACT], ids=["dense", "p=1"])
+def test_a_prompt_in_several_chunks_gives_the_same(model, config, monkeypatch):
+    prompts = [prompt(120, 1), prompt(66, 2)]
+    whole = generate(model, prompts, config, max_new_tokens=16, key=KEY)
+    monkeypatch.setattr("rabitq_jax.generation._chunk_size", lambda batch, *, fresh: 64 if fresh else 16)
+    np.testing.assert_array_equal(generate(model, prompts, config, max_new_tokens=16, key=KEY).tokens, whole.tokens)
+
+
+def test_mosaic_is_refused_where_it_cannot_run(model):
+    if on_hopper():
+        pytest.skip("this is a Hopper GPU")
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
+        generate(model, prompt(120), dataclasses.replace(CONFIG, select="mosaic"), max_new_tokens=16, key=KEY)
 
 
 def test_the_same_key_gives_the_same_tokens_and_another_does_not(model):

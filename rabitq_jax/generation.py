@@ -223,21 +223,23 @@ def _prefill(definition, params, cache, hidden, prompts, held, *, config, progre
     prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     longest = int(prompt_lengths.max())
     padded = np.stack([np.pad(prompt, (0, longest - len(prompt))) for prompt in prompts])
-    chunk = _chunk_size(len(prompts), fresh=not held.any())
+    start = 0
     with tqdm(total=longest, desc="prefill", unit="tok", disable=not progress) as bar:
-        for start in range(0, longest, chunk):
-            tokens = padded[:, start : start + chunk]
+        while start < longest:
+            fresh = start == 0 and not held.any()
+            tokens = padded[:, start : start + _chunk_size(len(prompts), fresh=fresh)]
             size = tokens.shape[1]
             cache, hidden = prefill_chunk(
                 definition, params, cache, hidden,
                 np.pad(tokens, ((0, 0), (0, _padded_size(size) - size))),
                 np.clip(prompt_lengths - start, 0, size),
                 held + prompt_lengths,
-                config=config, fresh=start == 0 and not held.any(), last=start + size == longest,
+                config=config, fresh=fresh, last=start + size == longest,
             )  # fmt: skip
             if progress:
                 jax.block_until_ready(hidden)
             bar.update(size)
+            start += size
     return cache, hidden
 
 
