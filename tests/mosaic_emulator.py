@@ -1,0 +1,204 @@
+"""pallas_kernels/_mosaic.py on a CPU: the same functions, for all threads of a block at once, on NumPy arrays.
+
+A value is an array over threads, uint32 or float32. Instructions run in order for all threads, so that a barrier has
+nothing to do. Tensor-core and shuffle instructions follow the fragment layouts of the PTX manual ("Matrix Fragments
+for mma.m16n8k128"), not those that the kernels say they use.
+"""
+
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+WARPGROUP = 128
+THREADS = np.arange(WARPGROUP, dtype=np.uint32)
+
+
+class Emulator:
+    """To be put in place of the module `_mosaic` in a kernel's module. Kernels are then called outside of jit."""
+
+    WARPGROUP = WARPGROUP
+
+    def call(self, body, *, name, out_type, blocks, shared_words):
+        """A function of arrays and references that runs the blocks one after the other."""
+        del name
+
+        def run(*inputs):
+            memories = [_words(x) for x in inputs]
+            out = np.zeros(out_type.shape, np.uint32)
+            for self.block in range(blocks):
+                self.mask = np.ones(WARPGROUP, bool)
+                # Shared memory holds anything when a block begins.
+                self.shared = np.full(shared_words, 0xDEADBEEF, np.uint32)
+                body(*memories, out.reshape(-1), None)
+            for x, memory in zip(inputs, memories, strict=True):
+                if not isinstance(x, jax.Array):
+                    x[...] = jnp.asarray(memory.view(x.dtype).reshape(x.shape))
+            return jnp.asarray(out.view(out_type.dtype))
+
+        return run
+
+    def value(self, x):
+        if isinstance(x, float):
+            return np.full(WARPGROUP, x, np.float32)
+        if isinstance(x, int | np.integer):
+            return np.full(WARPGROUP, int(x) % 2**32, np.uint32)
+        return x
+
+    def _integers(operation):  # noqa: N805
+        return lambda self, a, b: operation(self.value(a), self.value(b)).astype(np.uint32)
+
+    add = _integers(np.add)
+    subtract = _integers(np.subtract)
+    multiply = _integers(np.multiply)
+    divide = _integers(np.floor_divide)
+    left = _integers(np.left_shift)
+    right = _integers(np.right_shift)
+    right_signed = _integers(lambda a, b: np.right_shift(a.view(np.int32), b.view(np.int32)).view(np.uint32))
+    bit_and = _integers(np.bitwise_and)
+    bit_xor = _integers(np.bitwise_xor)
+
+    def both(self, a, b):
+        return a & b
+
+    def less(self, a, b):
+        return self.value(a) < self.value(b)
+
+    def select(self, condition, a, b):
+        return np.where(condition, self.value(a), self.value(b))
+
+    def as_i32(self, condition):
+        return condition.astype(np.uint32)
+
+    def as_float(self, x):
+        return x.view(np.float32)
+
+    def as_int(self, x):
+        return x.view(np.uint32)
+
+    def bfloat16_pair(self, word):
+        return (word << 16).view(np.float32), (word & np.uint32(0xFFFF0000)).view(np.float32)
+
+    def thread_index(self):
+        return THREADS
+
+    def block_index(self):
+        return self.value(self.block)
+
+    def barrier(self):
+        assert self.mask.all(), "a barrier that not all threads reach"
+
+    def address(self, memory, word):
+        return SimpleNamespace(memory=memory, word=self.value(word).astype(np.int64))
+
+    def shared_address(self, _):
+        return self.value(0)
+
+    def load(self, at, *, words=1, offset=0):
+        assert offset % 4 == 0
+        return [self._gather(at.memory, at.word + offset // 4 + i) for i in range(words)]
+
+    def _gather(self, memory, word):
+        assert np.all((word >= 0) & (word < memory.size) | ~self.mask), "a load outside of memory"
+        return memory[np.where(self.mask, word, 0)]
+
+    def store(self, at, values, *, offset=0, where=None):
+        wanted = self.mask if where is None else self.mask & (where != 0)
+        for i, x in enumerate(values):
+            at.memory[(at.word + offset // 4 + i)[wanted]] = x[wanted]
+
+    def load_shared(self, at, *, words=1, offset=0):
+        return [self.shared[np.where(self.mask, (at + offset) // 4 + i, 0)] for i in range(words)]
+
+    def store_shared(self, at, values, *, offset=0):
+        for i, x in enumerate(values):
+            self.shared[((at + offset) // 4 + i)[self.mask]] = x[self.mask]
+
+    def count_shared(self, at, *, offset, where):
+        np.add.at(self.shared, ((at + offset) // 4)[self.mask & (where != 0)], np.uint32(1))
+
+    def max_shared(self, at, x):
+        np.maximum.at(self.shared.view(np.int32), (at // 4)[self.mask], x.view(np.int32)[self.mask])
+
+    def add_global(self, at, x):
+        np.add.at(at.memory, at.word[self.mask], x[self.mask])
+
+    def max_global(self, at, x):
+        np.maximum.at(at.memory.view(np.int32), at.word[self.mask], x.view(np.int32)[self.mask])
+
+    def shuffle_xor(self, x, lanes):
+        return x[THREADS ^ lanes]
+
+    def maximum(self, a, b):
+        return np.fmax(self.value(a), self.value(b))
+
+    def minimum(self, a, b):
+        return np.fmin(self.value(a), self.value(b))
+
+    def fma(self, a, b, c):
+        return _fma(self.value(a), self.value(b), self.value(c))
+
+    def binary_product(self, a, b, c):
+        """Lane 4 g + t holds word t of rows g, g + 8 and of column g, and columns 2 t, 2 t + 1 of the result's rows."""
+        a, c = [self.value(x) for x in a], [self.value(x) for x in c]
+        out = [x.copy() for x in c]
+        for warp in range(WARPGROUP // 32):
+            lanes = slice(32 * warp, 32 * warp + 32)
+            rows = np.concatenate([x[lanes].reshape(8, 4) for x in a])
+            columns = b[lanes].reshape(8, 4)
+            product = np.bitwise_count(rows[:, None] & columns[None]).sum(-1).astype(np.uint32)  # [16, 8]
+            for i in range(4):
+                half = product[8 * (i // 2) : 8 * (i // 2) + 8]  # [8 rows, 8 columns]
+                out[i][lanes] += half.reshape(8, 4, 2)[:, :, i % 2].reshape(32)
+        return out
+
+    def pack_bytes(self, words):
+        return sum(((word & np.uint32(255)) << np.uint32(8 * i) for i, word in enumerate(words)), np.uint32(0))
+
+    def when(self, condition, body):
+        outer, self.mask = self.mask, self.mask & condition
+        if self.mask.any():
+            body()
+        self.mask = outer
+
+    def loop(self, count, carried, body):
+        for i in range(count):
+            carried = body(self.value(i), carried)
+        return carried
+
+    def ptx(self, text, inputs, outputs):
+        """Float instructions on registers: $0 is the output, $1 ... the inputs."""
+        assert outputs == "f"
+        registers = {f"${i + 1}": self.value(x) for i, x in enumerate(inputs)}
+
+        def read(name):
+            if name.startswith("0f"):
+                return self.value(float(np.uint32(int(name[2:], 16)).view(np.float32)))
+            return registers[name]
+
+        for name, target, *operands in (re.findall(r"[^\s,]+", line) for line in text.strip("{} ").split(";") if line):
+            if name == ".reg" or name == "":
+                continue
+            registers[target] = _FLOAT_INSTRUCTIONS[name](*(read(x) for x in operands))
+        return [registers["$0"]]
+
+
+def _words(x) -> np.ndarray:
+    """The memory of an array or a reference, as words that can be written."""
+    array = np.asarray(x if isinstance(x, jax.Array) else x[...])
+    return np.frombuffer(bytearray(array.tobytes()), np.uint32)
+
+
+def _fma(a, b, c):
+    # A product of two float32 is exact in float64; the sum is rounded twice, which is close enough for a bin.
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+_FLOAT_INSTRUCTIONS = {
+    "sub.rn.f32": lambda a, b: a - b,
+    "mul.rn.f32": lambda a, b: a * b,
+    "fma.rn.f32": _fma,
+    "fma.rn.sat.f32": lambda a, b, c: np.nan_to_num(np.clip(_fma(a, b, c), 0, 1), nan=0.0).astype(np.float32),
+}
