@@ -9,21 +9,28 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-
 from benchmarks.record import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
 
 
 def main() -> None:
-    decode, generate = (json.loads((RESULTS / name).read_text()) for name in ("decode.json", "generate.json"))
-    plot_decode(decode, RESULTS / "decode.png")
-    text = README.read_text(encoding="utf-8")
+    plot_decode(read("decode.json"), RESULTS / "decode.png")
+    README.write_text(rewritten(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def rewritten(readme: str) -> str:
+    """The README with the parts between its markers made anew."""
+    decode, generate = read("decode.json"), read("generate.json")
     for marker, content in (("headline", headline(decode)), ("results", results(decode, generate))):
         block = f"<!-- {marker} -->\n{content}\n<!-- /{marker} -->"
-        text = re.sub(rf"<!-- {marker} -->.*?<!-- /{marker} -->", lambda _, block=block: block, text, flags=re.DOTALL)
-    README.write_text(text, encoding="utf-8")
+        pattern = rf"<!-- {marker} -->.*?<!-- /{marker} -->"
+        readme = re.sub(pattern, lambda _, block=block: block, readme, flags=re.DOTALL)
+    return readme
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 def sizes(row: dict[str, Any]) -> tuple[int, int]:
@@ -108,6 +115,9 @@ def provenance(result: dict[str, Any], name: str) -> str:
 
 
 def plot_decode(decode: dict[str, Any], path: Path) -> None:
+    # An extra: the tables need no plotting library.
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for batch, color in zip(sorted({sizes(row)[0] for row in decode["rows"]}), ("tab:blue", "tab:orange"), strict=True):
         rows = [row for row in decode["rows"] if sizes(row)[0] == batch]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import report
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("rabitq_jax", "pallas_kernels", "models")
 
@@ -39,6 +41,12 @@ def test_no_environment_switches(package):
         path.name for path in (ROOT / package).rglob("*.py") if re.search(r"os\.environ|getenv", path.read_text())
     ]
     assert readers == []
+
+
+def test_readme_numbers_are_those_of_the_results():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "<!-- /results -->" in readme
+    assert report.rewritten(readme) == readme
 
 
 def test_readme_names_targets_that_exist():
