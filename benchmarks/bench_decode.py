@@ -122,6 +122,8 @@ def time_kernels(inputs, cache: LayerCache, config: RaBitQConfig) -> dict[str, f
 @click.option("--top-p", default=0.95, show_default=True)
 @commit_option
 def main(sharpness: float, top_p: float, commit: str) -> None:
+    if jax.default_backend() != "gpu":
+        raise click.ClickException("this benchmark needs a GPU")
     config = RaBitQConfig(top_p=top_p)
     rows = []
     for shape in SHAPES:

@@ -16,8 +16,8 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 WARPGROUP = 128
 
 
-def call(body, *, name: str, out_type, blocks: int, warpgroups: int = 1, shared_words: int = 0):
-    """A kernel of `blocks` thread blocks. `body` gets the references of inputs, outputs and shared memory."""
+def call(body, *, name: str, out_type, blocks: int, shared_words: int):
+    """A kernel of `blocks` thread blocks of one warpgroup. `body` gets references: inputs, outputs, shared memory."""
 
     def kernel(*refs):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
@@ -30,10 +30,10 @@ def call(body, *, name: str, out_type, blocks: int, warpgroups: int = 1, shared_
     return plgpu.kernel(
         kernel,
         out_type=out_type,
-        scratch_types=[plgpu.SMEM((shared_words,), jnp.int32)] if shared_words else [],
+        scratch_types=[plgpu.SMEM((shared_words,), jnp.int32)],
         grid=(blocks,),
         grid_names=("block",),
-        num_threads=warpgroups,
+        num_threads=1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
@@ -81,10 +81,6 @@ both = functools.partial(_binary, arith.andi)
 def less(a, b) -> ir.Value:
     """a < b, both unsigned."""
     return arith.cmpi(arith.CmpIPredicate.ult, value(a), value(b))
-
-
-def equal(a, b) -> ir.Value:
-    return arith.cmpi(arith.CmpIPredicate.eq, value(a), value(b))
 
 
 def select(condition, a, b) -> ir.Value:

@@ -88,7 +88,7 @@ def gathered_attention(query, keys, values, indices, counts, *, softmax_scale):
     batch, kv_heads, group, head_dim = query.shape
     heads = batch * kv_heads
     rows, columns = product_shape(group, head_dim)
-    # Two rows of keys and values of a tile must fit into shared memory, three times for split float32.
+    # A tile's keys and values must fit into shared memory, where float32 takes three times the room (see _pallas.dot).
     tile = _pallas.block_of(indices.shape[-1], TILE if columns * keys.dtype.itemsize <= 512 else TILE // 2)
     splits = min(_pallas.power_of_two(pl.cdiv(PROGRAMS, heads)), _pallas.power_of_two(indices.shape[-1] // tile))
 

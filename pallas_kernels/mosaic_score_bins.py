@@ -60,11 +60,10 @@ def score_bins(levels, bits, gain, scale, bias, bias_gain, shift, base, *, first
 
     Returns:
       bins int32 [B,K,G,T/4], a byte a token, lowest first, undefined outside [first, stop); counts int32
-      [B,K,G,256]; peak float32 [B,K,G], the largest score that is a number (-inf if there is none).
+      [B,K,G,256]; peak float32 [B,K,G], the largest score, NaN and infinity counting as 3e38 (-inf if there is none).
 
     Raises:
-      NotImplementedError: the code's words are not a multiple of 4, a centroid's tokens not one of 32, or T not one
-        of 512.
+      NotImplementedError: `takes` is False.
     """
     batch, kv_heads, group, _ = levels.shape
     tokens, words = bits.shape[2:]
@@ -77,9 +76,8 @@ def score_bins(levels, bits, gain, scale, bias, bias_gain, shift, base, *, first
     rows, groups = batch * kv_heads, -(-group // HEADS)
     padded = HEADS * groups
 
-    def by_row(x, fill=0):
-        pad = [(0, 0), (0, padded - group)] + [(0, 0)] * (x.ndim - 3)
-        return jnp.pad(x.reshape(rows, *x.shape[2:]), pad, constant_values=fill)
+    def by_row(x):
+        return jnp.pad(x.reshape(rows, *x.shape[2:]), [(0, 0), (0, padded - group)] + [(0, 0)] * (x.ndim - 3))
 
     factors = jnp.stack([gain, -jnp.sum(levels, axis=-1).astype(jnp.float32), base], axis=-1)
     counts = jax.new_ref(jnp.zeros((rows, padded, BINS), jnp.int32))
@@ -87,6 +85,8 @@ def score_bins(levels, bits, gain, scale, bias, bias_gain, shift, base, *, first
     inputs = [by_row(bit_planes(levels)), by_row(factors), by_row(shift), bits.reshape(rows, tokens, words)]
     inputs += [scale.reshape(rows, tokens)] + ([] if bias is None else [bias.reshape(rows, tokens)])
     block = math.gcd(tokens, BLOCK_TOKENS)
+    # The kernel counts from the first token, in unsigned numbers: an empty range must not be less than empty.
+    stop = jnp.maximum(stop, first)
     sizes = _Sizes(
         kv_heads=kv_heads, group=group, groups=groups, tokens=tokens, words=words, centroids=centroids, block=block,
         first=first, bias_gain=None if bias is None else float(bias_gain),

@@ -193,7 +193,9 @@ def _words(x) -> np.ndarray:
 
 def _fma(a, b, c):
     # A product of two float32 is exact in float64; the sum is rounded twice, which is close enough for a bin.
-    return (a.astype(np.float64) * b + c).astype(np.float32)
+    # Infinity times zero is NaN without a warning, as on the GPU.
+    with np.errstate(invalid="ignore"):
+        return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
 _FLOAT_INSTRUCTIONS = {

@@ -12,7 +12,7 @@ from pallas_kernels import mosaic_score_bins, mosaic_top_p
 from rabitq_jax import attention
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.cache import init_layer_cache
-from rabitq_jax.codes import quantize_query, update_codes
+from rabitq_jax.codes import pack_bits, quantize_query, update_codes
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.scores import centroid_shift, proxy_scores, proxy_scores_reference
 from rabitq_jax.selection import likely_peak
@@ -126,6 +126,30 @@ def test_the_kernel_in_an_emulator(shape, bias, monkeypatch):
     arguments = inputs(shape, bias=bias)
     stop, _ = ranges(shape)
     check_bins(shape, arguments, stop, lambda *a: mosaic_score_bins.score_bins(*a, first=FIRST, stop=stop))
+
+
+def test_the_kernel_scores_nothing_where_codes_end_before_the_first_token(monkeypatch):
+    monkeypatch.setattr(mosaic_score_bins, "m", Emulator())
+    shape = Shape(2, 1, 2, 512, 128)
+    *front, shift = inputs(shape)
+    stop = jnp.array([FIRST - 8, 0])
+    _, counts, peak = mosaic_score_bins.score_bins(*front, shift, jnp.zeros((2, 1, 2)), first=FIRST, stop=stop)
+    assert np.all(counts == 0) and np.all(np.isneginf(peak))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_kernel_puts_a_score_that_is_no_number_into_the_best_bin(bad, monkeypatch):
+    monkeypatch.setattr(mosaic_score_bins, "m", Emulator())
+    shape = Shape(1, 1, 2, 512, 128)
+    levels, bits, gain, _, *rest = inputs(shape)
+    # Factors of 1 and a bit for every positive level: the score is not negative, and infinity stays positive.
+    bits = jnp.broadcast_to(pack_bits(levels[:, :, :1] > 0), bits.shape)
+    scale = jnp.ones((1, 1, 512), jnp.bfloat16).at[0, 0, 100].set(bad)
+    words, counts, peak = mosaic_score_bins.score_bins(
+        levels, bits, gain, scale, *rest, jnp.full((1, 1, 2), 1e4), first=FIRST, stop=jnp.array([512])
+    )
+    assert np.asarray(words).view(np.uint8)[0, 0, 0, 100] == 0
+    assert counts[0, 0, 0, 0] == 1 and peak[0, 0, 0] == np.float32(3e38)
 
 
 @pytest.mark.parametrize("offset", [-20.0, -3.0, 0.0, 5.0])
