@@ -54,10 +54,10 @@ def report(dense: Generation, sparse: Generation, config: RaBitQConfig) -> None:
     for layer in range(sparse.stats.kept.shape[2]):
         row(
             f"tokens attended in layer {layer}",
-            lambda out, layer=layer: (out.stats.kept[0, :, layer].mean(-1) / out.stats.length[0]).mean(),
+            lambda out, layer=layer: out.stats.kept[0, :, layer].mean(-1).sum() / out.stats.length[0].sum(),
             "{:.1%}",
         )
-    row("bytes of the cache read", lambda out: out.stats.bytes_read_fraction.mean(), "{:.1%}")
+    row("bytes of the cache read", lambda out: out.stats.bytes_read_fraction[0, : out.lengths[0]].mean(), "{:.1%}")
     row("cache, MB", lambda out: out.cache.nbytes / 1e6, "{:,.1f}")
     click.echo(ROW.format("tokens equal to dense, from the first", "", prefix))
 

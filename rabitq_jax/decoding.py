@@ -33,12 +33,12 @@ class StepStats:
 
     @property
     def kept_fraction(self):
-        """float [B,N], share of the cache's tokens attended, mean over layers and kv heads."""
+        """float [B,N], share of the cache's tokens attended, mean over layers and kv heads; 0 after the end."""
         return self.kept.mean(axis=(2, 3)) / self.length.clip(1)
 
     @property
     def bytes_read_fraction(self):
-        """float [B,N], bytes that the step reads of the caches, over those that dense attention would read."""
+        """float [B,N], bytes of the caches that the step reads, over those that dense attention would; 0 after the end."""
         return self.bytes_read.sum(axis=2) / self.bytes_dense.sum(axis=2).clip(1)
 
 
