@@ -38,7 +38,7 @@ class StepStats:
 
     @property
     def bytes_read_fraction(self):
-        """float [B,N], bytes of the caches that the step reads, over those that dense attention would; 0 after the end."""
+        """float [B,N], bytes of the caches that the step reads, over those of dense attention; 0 after the end."""
         return self.bytes_read.sum(axis=2) / self.bytes_dense.sum(axis=2).clip(1)
 
 
