@@ -1,6 +1,6 @@
 """Rates of `generate` on a checkpoint, dense and with a RaBitQ cache, and what was read for it.
 
-    python -m demo.make_checkpoint FOLDER --shape llama-3.2-1b --dtype bfloat16
+    python -m benchmarks.make_checkpoint FOLDER --shape llama-3.2-1b --dtype bfloat16
     python -m benchmarks.bench_generate FOLDER           # writes benchmarks/results/generate.json
 
 Each kind of decoding runs twice; the second run, which compiles nothing, counts.

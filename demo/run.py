@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from demo.make_checkpoint import SHAPES, make_checkpoint
+from benchmarks.make_checkpoint import SHAPES, make_checkpoint
 from models import load_pretrained
 from rabitq_jax import Generation, RaBitQConfig, generate
 

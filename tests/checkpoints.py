@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from demo.make_checkpoint import BEGIN, END, byte_tokenizer
+from benchmarks.byte_tokenizer import BEGIN, END, byte_tokenizer
 from models.checkpoint import load_model
 from models.folder import read_config
 from models.llama import Llama

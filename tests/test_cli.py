@@ -7,7 +7,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from demo.make_checkpoint import SHAPES, make_checkpoint
+from benchmarks.make_checkpoint import SHAPES, make_checkpoint
 from rabitq_jax.cli import commands, main
 
 PROMPT = "We the People of the United States, in Order to form a more perfect Union, establish Justice. " * 12

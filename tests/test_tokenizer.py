@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models
 
-from demo.make_checkpoint import BEGIN, END
+from benchmarks.byte_tokenizer import BEGIN, END
 from models.chat_template import render_chat
 from models.tokenizer import TextStream, Tokenizer
 from tests.checkpoints import write_json, write_tokenizer

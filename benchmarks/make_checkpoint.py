@@ -5,20 +5,19 @@ Top-p would have to keep most of it. Trained heads are peaked. So the query and 
 input of unit mean square, their outputs have standard deviation `sharpness`, and the logits q.k / sqrt(head_dim) about
 `sharpness` squared.
 
-    python -m demo.make_checkpoint demo/out/checkpoint
+    python -m benchmarks.make_checkpoint FOLDER
 """
 
-import json
 from pathlib import Path
 
 import click
 import jax.numpy as jnp
 from flax import nnx
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer
 
+from benchmarks.byte_tokenizer import byte_tokenizer, save_byte_tokenizer
 from models import Llama, LlamaConfig, RopeConfig, save_pretrained
 
-BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 SHAPES = {
     "demo": LlamaConfig(
         vocab_size=258,
@@ -61,10 +60,7 @@ def make_checkpoint(
     columns = jnp.isin(jnp.arange(config.vocab_size), jnp.array(_printable_ids(tokenizer)))
     head.weight.set_value(head.weight[...] * (columns[:, None] if config.tie_embeddings else columns))
     save_pretrained(model, folder)
-    special = {"bos_token_id": tokenizer.token_to_id(BEGIN), "eos_token_id": tokenizer.token_to_id(END)}
-    _write_json(folder / "generation_config.json", {"do_sample": False, **special})
-    _write_json(folder / "tokenizer_config.json", {"bos_token": BEGIN, "eos_token": END})
-    tokenizer.save(str(folder / "tokenizer.json"))
+    save_byte_tokenizer(folder)
     return folder
 
 
@@ -78,25 +74,8 @@ def _rescale(model: Llama, sharpness: float) -> None:
             parameter.set_value((weight * (spread / inputs**0.5 / jnp.std(weight))).astype(weight.dtype))
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Byte-level BPE without merges: a token is a byte of UTF-8, and a text begins with `BEGIN`, as in Llama 3."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: token for token, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([BEGIN, END])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
-    )
-    return tokenizer
-
-
 def _printable_ids(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.encode(chr(code), add_special_tokens=False).ids[0] for code in range(32, 127)]
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 @click.command(help=__doc__.split("\n")[0])
