@@ -17,6 +17,7 @@ from rabitq_jax.dense_attention import decode_attention, prefill_attention
 from rabitq_jax.exact_logsumexp import exact_logsumexp
 from rabitq_jax.gathered_attention import gathered_attention
 from rabitq_jax.selection import select_tokens
+from rabitq_jax.top_p import Selection
 
 
 @jax.tree_util.register_dataclass
@@ -87,31 +88,37 @@ def decode(
     return out.reshape(query.shape).astype(query.dtype), cache, stats
 
 
-def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key):
-    """Attention over the tokens that Top-p selects from a cache that already holds the new token.
+def choose_tokens(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key) -> Selection:
+    """The tokens that Top-p selects from a cache that already holds the new token.
 
     Args:
       query: [B,K,G,D].
       cache: with codes.
+    """
+    assert cache.codes is not None
+    quantized = key_codes.quantize_query(
+        query, cache.codes.rotation, cache.codes.query_centroid, rounding=config.query_rounding, key=prng_key
+    )
+    exact_lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
+    if config.top_p_scope == "all":
+        exact_lse = exact_logsumexp(
+            query, cache.keys, cache.quantized, cache.length,
+            sink=config.sink, window=config.window, softmax_scale=softmax_scale, implementation=config.attend,
+        )  # fmt: skip
+    return select_tokens(
+        query, quantized, cache.codes, exact_lse, cache.quantized, cache.length,
+        softmax_scale=softmax_scale, config=config,
+    )  # fmt: skip
+
+
+def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key):
+    """Attention over the tokens that `choose_tokens` selects; arguments as there.
 
     Returns:
       float32 [B,K,G,D] and stats.
     """
-    assert cache.codes is not None
     with jax.named_scope("select_tokens"):
-        quantized = key_codes.quantize_query(
-            query, cache.codes.rotation, cache.codes.query_centroid, rounding=config.query_rounding, key=prng_key
-        )
-        exact_lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
-        if config.top_p_scope == "all":
-            exact_lse = exact_logsumexp(
-                query, cache.keys, cache.quantized, cache.length,
-                sink=config.sink, window=config.window, softmax_scale=softmax_scale, implementation=config.attend,
-            )  # fmt: skip
-        selection = select_tokens(
-            query, quantized, cache.codes, exact_lse, cache.quantized, cache.length,
-            softmax_scale=softmax_scale, config=config,
-        )  # fmt: skip
+        selection = choose_tokens(query, cache, config, softmax_scale, prng_key)
     with jax.named_scope("gathered_attention"):
         out = gathered_attention(
             query, cache.keys, cache.values, selection.indices, selection.counts,

@@ -7,7 +7,7 @@ from typing import Literal
 
 TopPScope = Literal["all", "scored"]
 RotationKind = Literal["haar", "hadamard"]
-KeyCentroid = Literal["block", "prompt"]
+KeyCentroid = Literal["block", "prompt", "none"]
 QueryCentroid = Literal["none", "prompt"]
 QueryRounding = Literal["random", "nearest"]
 ScoreImplementation = Literal["xla", "popcount", "int4", "triton"]
@@ -30,7 +30,8 @@ class RaBitQConfig:
       dense_layers: number of first layers that attend densely.
       rotation: "haar" (QR of a Gaussian matrix) or "hadamard" (random signs times Walsh-Hadamard, three rounds).
       rotation_seed: seed of every layer's rotation.
-      key_centroid: c_k of equation (1): mean key of the token's own quantization block, or of the prompt.
+      key_centroid: c_k of equation (1): mean key of the token's own quantization block, or of the prompt; "none" is
+        zero, to measure what centring is worth.
       query_centroid: c_q of equation (1): zero, or the mean of the prompt's queries of a kv head (one more stored
         number a token).
       query_rounding: "random" (unbiased, needs a PRNG key in every decode step) or "nearest".

@@ -210,9 +210,7 @@ def _decode_step(model, state: DecodeState, key, config, sampling, eos_token_ids
     for stats in layer_stats:
         finite &= stats.finite
 
-    finished = state.finished
-    for eos in eos_token_ids:
-        finished |= state.token == eos
+    finished = state.finished | jnp.isin(state.token, jnp.array(eos_token_ids, jnp.int32))
     token = sample(logits, sampling, _step_keys(key, state.step + 1)[0])
     room = state.step + 1 < state.tokens.shape[1]
     goes_on = ~finished & room

@@ -153,7 +153,7 @@ def generate(
 
     prefill_watch, decode_watch = Stopwatch(), Stopwatch()
     with prefill_watch:
-        cache, hidden = _prefill(definition, params, cache, hidden, prompts, held, config=config, progress=progress)
+        cache, hidden = feed_prompts(definition, params, cache, hidden, prompts, held, config=config, progress=progress)
         state = start_decoding(definition, params, cache, hidden, key, sampling=sampling, num_steps=num_steps)
         jax.block_until_ready(state.token)
     with decode_watch:
@@ -218,7 +218,7 @@ def _check_cache(cache: Cache, batch: int, capacity: int | None, model: Decoder,
         )
 
 
-def _prefill(definition, params, cache, hidden, prompts, held, *, config, progress):
+def feed_prompts(definition, params, cache, hidden, prompts, held, *, config, progress=False):
     """Feed the prompts chunk by chunk; shorter ones end early. Returns the cache and the last hidden states."""
     prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     longest = int(prompt_lengths.max())

@@ -1,0 +1,48 @@
+"""Tables of results of `python -m benchmarks.quality`, in Markdown."""
+
+from typing import Any
+
+
+def table(content: dict[str, Any]) -> str:
+    """One table a length: a line a way of decoding, a column a task, then what was read and captured."""
+    return "\n\n".join(length_table(content, tokens) for tokens in unique(row["tokens"] for row in content["rows"]))
+
+
+def length_table(content: dict[str, Any], tokens: int) -> str:
+    rows = [row for row in content["rows"] if row["tokens"] == tokens]
+    tasks = unique(row["task"] for row in rows)
+    probes = {(probe["texts"], probe["top_p"]): probe for probe in content["probes"] if probe["tokens"] == tokens}
+    head = ["decoding", *tasks, "tokens attended", "bytes read"]
+    if probes:
+        head += ["mass claimed", "mass captured", "KL to dense, nats", "perplexity of text"]
+    lines = [f"**Prompts of {tokens:,} tokens**", "", cells(head), cells(["---", *["---:"] * (len(head) - 1)])]
+    for top_p in unique(row["top_p"] for row in rows):
+        own = {row["task"]: row for row in rows if row["top_p"] == top_p}
+        mean = {name: sum(row[name] for row in own.values()) / len(own) for name in ("kept", "bytes_read")}
+        line = ["dense" if top_p is None else f"p = {top_p:g}"]
+        line += [score(own[task]) for task in tasks]
+        line += [f"{mean['kept']:.1%}", f"{mean['bytes_read']:.1%}"]
+        if probes:
+            answers, text = probes["answers", top_p], probes["text", top_p]
+            line += [share(answers["claimed"]), share(answers["captured"])]
+            line += [f"{answers['divergence']:.4f}", f"{text['perplexity']:.3f}"]
+        lines.append(cells(line))
+    return "\n".join(lines)
+
+
+def score(row: dict[str, Any]) -> str:
+    """A score in percent, with its 95 % interval."""
+    low, high = row["interval"]
+    return f"{100 * row['score']:.0f} ({100 * low:.0f}–{100 * high:.0f})"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def cells(texts: list[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
+
+
+def unique(values) -> list:
+    return list(dict.fromkeys(values))

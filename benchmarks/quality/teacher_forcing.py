@@ -1,0 +1,173 @@
+"""Known texts through decode steps: what the model would have said, and what its attention had, at each of them.
+
+A greedy reply equals the answer exactly if, fed with the answer, the model finds each of its tokens the most likely
+one. So one pass gives accuracy, divergence from dense decoding and the attention that was captured.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rabitq_jax import attention
+from rabitq_jax.cache import LayerCache, append, init_cache, round_capacity
+from rabitq_jax.codes import quantize_query
+from rabitq_jax.config import RaBitQConfig
+from rabitq_jax.decoding import ModelDefinition
+from rabitq_jax.generation import Decoder, feed_prompts
+from rabitq_jax.scores import proxy_scores
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerProbe:
+    """One decode step of one layer. Numbers of a dense layer are those of attention to everything.
+
+    Attributes:
+      kept: float32 [B,K], share of tokens attended.
+      claimed: float32 [B,H], attention mass of each query head's own tokens by the estimate.
+      captured: float32 [B,H], true attention mass in the tokens that its kv head attends.
+      error: float32 [B,H], deviation of the estimated logits from the exact ones over scored tokens, in nats, without
+        their common shift.
+      bytes_read, bytes_dense: float32 [B].
+    """
+
+    kept: jax.Array
+    claimed: jax.Array
+    captured: jax.Array
+    error: jax.Array
+    bytes_read: jax.Array
+    bytes_dense: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A text's tokens through decode steps; B texts, up to N steps, L layers, vocabulary V.
+
+    Attributes:
+      log_probs: float32 [B,N,V], of the token after each step's.
+      targets: int32 [B,N], the tokens that come.
+      valid: bool [B,N], False past a text's end.
+      probes: LayerProbe of arrays [B,N,L,...].
+    """
+
+    log_probs: np.ndarray
+    targets: np.ndarray
+    valid: np.ndarray
+    probes: LayerProbe
+
+
+def teacher_forced(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    config: RaBitQConfig | None,
+    *,
+    key: jax.Array,
+    rotations: Sequence[jax.Array] | None = None,
+) -> Pass:
+    """Prefill prompts and decode the texts that follow them, one given token after the other.
+
+    Args:
+      prompts, texts: token ids, one a sequence, of any lengths of at least 2 tokens and 1. The last token of a prompt
+        is the first that is decoded, so that the first prediction is a decode step's too.
+      config: None attends densely.
+      key: PRNG key of the queries' rounding.
+      rotations: one a layer, in place of those that config draws.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    steps = max(map(len, texts))
+    targets = np.stack([np.pad(np.asarray(text, np.int32), (0, steps - len(text))) for text in texts])
+    inputs = np.concatenate([[[prompt[-1]] for prompt in prompts], targets[:, :-1]], axis=1).astype(np.int32)
+    capacity = round_capacity(int(lengths.max()) + steps, config)
+    cache = init_cache(model.config, len(prompts), capacity, config, dtype=model.dtype)
+    if rotations is not None:
+        cache = dataclasses.replace(
+            cache, layers=tuple(_with_rotation(*pair) for pair in zip(cache.layers, rotations, strict=True))
+        )
+    definition, params = ModelDefinition.split(model)
+    hidden = jnp.zeros((len(prompts), model.config.hidden_size), model.dtype)
+    before = [np.asarray(prompt[:-1], np.int32) for prompt in prompts]
+    cache, _ = feed_prompts(definition, params, cache, hidden, before, np.zeros(len(prompts), np.int32), config=config)
+    log_probs, probes = _decode_known(definition, params, cache, inputs, key, config=config)
+    valid = np.arange(steps) < np.array([len(text) for text in texts])[:, None]
+    return Pass(log_probs=np.asarray(log_probs), targets=targets, valid=valid, probes=jax.tree.map(np.asarray, probes))
+
+
+def _with_rotation(layer: LayerCache, rotation: jax.Array) -> LayerCache:
+    if layer.codes is None:
+        return layer
+    # A copy: the cache is donated with all its parts.
+    return dataclasses.replace(layer, codes=dataclasses.replace(layer.codes, rotation=jnp.array(rotation)))
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "config"))
+def _decode_known(definition: ModelDefinition, params, cache, inputs, key, *, config: RaBitQConfig | None):
+    """float32 [B,N,V] log-probabilities, and LayerProbe [B,N,L,...], of feeding int32 [B,N] tokens one by one."""
+    model = definition.merge(params)
+
+    def step(cache, step_inputs):
+        index, token = step_inputs
+        rounding_key = jax.random.fold_in(key, index)
+
+        def attend(layer, query, new_key, value, layer_cache):
+            parts = query[:, 0], new_key[:, 0], value[:, 0]
+            prng_key = jax.random.fold_in(rounding_key, layer)
+            out, new_cache, stats = attention.decode(*parts, layer_cache, config, prng_key=prng_key)
+            return out[:, None], new_cache, _probe(*parts, layer_cache, stats, config, prng_key)
+
+        length = cache.length
+        hidden, layers, probes = model(token[:, None], length[:, None], length + 1, cache.layers, attend)
+        log_probs = jax.nn.log_softmax(model.logits(hidden[:, 0]))
+        stacked = jax.tree.map(lambda *layers: jnp.stack(layers, axis=1), *probes)
+        return dataclasses.replace(cache, layers=layers), (log_probs, stacked)
+
+    steps = inputs.shape[1]
+    _, outputs = jax.lax.scan(step, cache, (jnp.arange(steps), jnp.moveaxis(inputs, 1, 0)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
+
+
+def _probe(query, key, value, cache: LayerCache, stats: attention.DecodeStats, config, prng_key) -> LayerProbe:
+    """What `attention.decode` of these arguments, which gave `stats`, attended, against exact attention."""
+    batch, heads, head_dim = query.shape
+    kv_heads = key.shape[1]
+    cache = append(cache, key[:, None], value[:, None], jnp.ones_like(cache.length))
+    shares = {
+        "kept": stats.kept / cache.length[:, None],
+        "claimed": stats.mass,
+        "bytes_read": stats.bytes_read,
+        "bytes_dense": stats.bytes_dense,
+    }
+    if cache.codes is None:
+        ones = jnp.ones((batch, heads), jnp.float32)
+        return LayerProbe(**shares, captured=ones, error=0 * ones)
+    grouped = query.reshape(batch, kv_heads, -1, head_dim)
+    softmax_scale = head_dim**-0.5
+    # The same arguments and key as in the step: the same tokens.
+    selection = attention.choose_tokens(grouped, cache, config, softmax_scale, prng_key)
+    position = jnp.arange(cache.capacity)
+    listed = position < selection.counts[..., None]
+    rows = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
+    attended = jnp.zeros(listed.shape, bool).at[(*rows, selection.indices)].max(listed, mode="drop")
+    exact = softmax_scale * jnp.einsum(
+        "bkgd,bktd->bkgt", grouped, cache.keys, precision="highest", preferred_element_type=jnp.float32
+    )
+    visible = (position < cache.length[:, None])[:, None, None]
+    weights = jax.nn.softmax(jnp.where(visible, exact, -jnp.inf), axis=-1)
+    captured = jnp.sum(jnp.where(attended[:, :, None], weights, 0), axis=-1)
+
+    quantized = quantize_query(
+        grouped, cache.codes.rotation, cache.codes.query_centroid, rounding=config.query_rounding, key=prng_key
+    )
+    estimate = proxy_scores(
+        grouped, quantized, cache.codes, cache.quantized, softmax_scale=softmax_scale, implementation="xla"
+    )
+    scored = ((position >= config.sink) & (position < cache.quantized[:, None]))[:, None, None]
+    count = jnp.maximum(jnp.sum(scored, axis=-1), 1)
+    difference = jnp.where(scored, estimate - exact, 0)
+    mean = jnp.sum(difference, axis=-1) / count
+    variance = jnp.sum(jnp.where(scored, (difference - mean[..., None]) ** 2, 0), axis=-1) / count
+    return LayerProbe(**shares, captured=captured.reshape(batch, heads), error=jnp.sqrt(variance).reshape(batch, heads))
