@@ -72,27 +72,27 @@ def main(
         suites = published_suites(tokenizer, longbench_folder, gsm8k_folder, context, examples)
     else:
         suites = [retrieval_suite(tokenizer, tasks or list(TASKS), size, examples) for size in tokens]
-    total = sum(len(suite.problems) for suite in suites) * len(configs)
-    with tqdm(total=total, desc="answers", unit="reply") as bar, ThreadPoolExecutor(jobs) as pool:
-
-        def run(case):
-            suite, config = case
-            key = jax.random.key(0)
-            answered = answer(
-                decoder, tokenizer, suite.problems, config, tokens=suite.tokens, key=key, chat=chat, advance=bar.update
-            )
-            return [{"tokens": suite.tokens, "top_p": config and config.top_p, **row} for row in summarize(answered)]
-
-        rows = list(itertools.chain.from_iterable(pool.map(run, itertools.product(suites, configs))))
-        measured = []
-        for suite in suites:
-            if suite.known and not chat and suite.tokens in (probe_tokens or tokens):
-                measured += probe_suite(decoder, tokenizer, suite, configs, probes, pool)
     content = {
         "model": model if model != str(RETRIEVER) else "retriever", "dtype": dtype, "settings": overrides,
-        "rows": rows, "probes": measured,
+        "rows": [], "probes": [],
     }  # fmt: skip
-    path = write_result(f"{name}.json", content, commit=commit)
+    total = sum(len(suite.problems) for suite in suites) * len(configs)
+    with tqdm(total=total, desc="answers", unit="reply") as bar, ThreadPoolExecutor(jobs) as pool:
+        for suite in suites:
+
+            def run(config, suite=suite):
+                answered = answer(
+                    decoder, tokenizer, suite.problems, config,
+                    tokens=suite.tokens, key=jax.random.key(0), chat=chat, advance=bar.update,
+                )  # fmt: skip
+                shared = {"tokens": suite.tokens, "top_p": config and config.top_p}
+                return [shared | row for row in summarize(answered)]
+
+            content["rows"] += itertools.chain.from_iterable(pool.map(run, configs))
+            if suite.known and not chat and suite.tokens in (probe_tokens or tokens):
+                content["probes"] += probe_suite(decoder, tokenizer, suite, configs, probes, pool)
+            # After each length, so that what is there is kept if a later one fails.
+            path = write_result(f"{name}.json", content, commit=commit)
     path.with_suffix(".md").write_text(table(content) + "\n", encoding="utf-8")
     plots.draw(content, RESULTS, name)
     click.echo(table(content))

@@ -26,7 +26,7 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 def draw_scores(content: dict[str, Any]) -> plt.Figure:
     """Score against the share of tokens attended: a panel a length, a line a task, a point for each p."""
-    lengths = unique(row["tokens"] for row in content["rows"])
+    lengths = sorted({row["tokens"] for row in content["rows"]})
     figure, axes = plt.subplots(
         1, len(lengths), figsize=(4.2 * len(lengths), 4.4), layout="constrained", sharey=True, squeeze=False
     )
@@ -72,7 +72,7 @@ def draw_heads(content: dict[str, Any]) -> plt.Figure:
 def draw_mass(content: dict[str, Any]) -> plt.Figure:
     """Attention mass against the p that was asked for: claimed, captured, and captured by each query head."""
     probes = [probe for probe in content["probes"] if probe["texts"] == "answers" and probe["top_p"] is not None]
-    lengths = unique(probe["tokens"] for probe in probes)
+    lengths = sorted({probe["tokens"] for probe in probes})
     figure, axes = plt.subplots(
         1, len(lengths), figsize=(4.2 * len(lengths), 4), layout="constrained", sharey=True, squeeze=False
     )

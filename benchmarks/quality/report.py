@@ -5,7 +5,7 @@ from typing import Any
 
 def table(content: dict[str, Any]) -> str:
     """One table a length: a line a way of decoding, a column a task, then what was read and captured."""
-    return "\n\n".join(length_table(content, tokens) for tokens in unique(row["tokens"] for row in content["rows"]))
+    return "\n\n".join(length_table(content, tokens) for tokens in sorted({row["tokens"] for row in content["rows"]}))
 
 
 def length_table(content: dict[str, Any], tokens: int) -> str:

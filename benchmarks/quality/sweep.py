@@ -95,13 +95,14 @@ def main(model: str, tokens: int, examples: int, jobs: int, name: str, commit: s
         passes = probe(decoder, known, case.config, key=key, rotations=None if case.rotated else identity)
         return {"change": case.label, "top_p": case.top_p, **compare(passes, dense)}
 
-    with ThreadPoolExecutor(jobs) as pool:
-        rows = list(tqdm(pool.map(run, cases), total=len(cases), desc="cases", unit="case"))
     content = {
         "model": model if model != str(RETRIEVER) else "retriever", "tokens": tokens, "examples": examples,
-        "base": BASE, "dense": compare(dense, dense), "rows": rows,
+        "base": BASE, "dense": compare(dense, dense), "rows": [],
     }  # fmt: skip
-    path = write_result(f"{name}.json", content, commit=commit)
+    with ThreadPoolExecutor(jobs) as pool:
+        for row in tqdm(pool.map(run, cases), total=len(cases), desc="cases", unit="case"):
+            content["rows"].append(row)
+            path = write_result(f"{name}.json", content, commit=commit)
     path.with_suffix(".md").write_text(table(content) + "\n", encoding="utf-8")
     save(draw(content), RESULTS / f"{name}.png")
     click.echo(table(content))
