@@ -1,10 +1,8 @@
-"""Decode one long prompt twice, densely and with a RaBitQ cache, and show the results side by side.
+"""Ask a small trained model for a fact in a long text, densely and with a RaBitQ cache, and show what each read for it.
 
-    python -m demo.run
+    python -m demo.run --key "the blue door" --value 7294013
 
-The prompt is the beginning of the Constitution of the United States; the checkpoint is made here, with random weights
-whose attention is peaked (demo/make_checkpoint.py). So the text that comes out means nothing: what is compared is what
-was read to make it.
+The text is Python's standard library, the model the one that comes with rabitq-jax (models/retriever).
 """
 
 from pathlib import Path
@@ -14,52 +12,97 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.make_checkpoint import SHAPES, make_checkpoint
-from models import load_pretrained
+from benchmarks.quality.facts import single
+from benchmarks.quality.haystack import standard_library
+from benchmarks.quality.tasks import Facts, hide
+from models import RETRIEVER, load_pretrained
 from rabitq_jax import Generation, RaBitQConfig, generate
 
-HERE = Path(__file__).parent
-ROW = "{:<34}{:>12}{:>12}"
+PICTURE = Path(__file__).parent / "out" / "heads.png"
+ROW = "{:<26}{:>16}{:>16}"
+BAR = 40
 
 
 @click.command(help=__doc__.split("\n")[0])
-@click.option("--prompt-tokens", default=16384, show_default=True)
-@click.option("--new-tokens", default=64, show_default=True)
-@click.option("--top-p", default=0.95, show_default=True)
-def main(prompt_tokens: int, new_tokens: int, top_p: float) -> None:
-    model, tokenizer = load_pretrained(make_checkpoint(HERE / "out" / "checkpoint", SHAPES["demo"]), dtype=jnp.float32)
-    prompt = tokenizer.encode((HERE / "constitution.txt").read_text(encoding="utf-8"))[:prompt_tokens]
-    config = RaBitQConfig(top_p=top_p, dense_layers=1)
-    click.echo(f"{len(prompt):,} prompt tokens, {new_tokens} new ones, greedy, on {jax.devices()[0].device_kind}")
+@click.option("--key", default="the blue door", show_default=True, help="What the fact is about.")
+@click.option("--value", default="7294013", show_default=True, help="What the model has to find.")
+@click.option("--prompt-tokens", default=16384, show_default=True, help="Length of the text; a token is a byte.")
+@click.option("--top-p", default=0.95, show_default=True, help="Share of the attention to keep.")
+@click.option("--seed", default=0, show_default=True, help="Where the fact stands.")
+def main(key: str, value: str, prompt_tokens: int, top_p: float, seed: int) -> None:
+    model, tokenizer = load_pretrained(RETRIEVER, dtype=jnp.float32, progress=False)
+    fact = single("number" if value.isdecimal() else "word", key, value)
+    prompt = hide(standard_library("test"), Facts(asked=fact), seed, prompt_tokens - 1)
+    ids = tokenizer.encode(prompt)
+    place = prompt.index(fact.needles[0]) / len(prompt)
+    click.echo(f"{len(ids):,} tokens of Python's sources; {place:.0%} into them stands: {fact.needles[0]}")
+    click.echo(f"{fact.question} (on {jax.devices()[0].device_kind})")
+
+    # Every layer selects: the model has but five.
+    config = RaBitQConfig(top_p=top_p, dense_layers=0)
+    line_end = tokenizer.encode("\n", add_special_tokens=False)
     runs = []
     for name, choice in (("dense", None), ("RaBitQ", config)):
         click.echo(f"{name}:", err=True)
-        runs.append(generate(model, prompt, choice, max_new_tokens=new_tokens, key=jax.random.key(0), progress=True))
-    report(*runs, config)
-    for name, out in zip(("dense", "RaBitQ"), runs, strict=True):
-        click.echo(f"\n{name}: {tokenizer.decode(out.tokens[0, : out.lengths[0]])}")
+        runs.append(
+            generate(
+                model, ids, choice, max_new_tokens=len(value) + 8, key=jax.random.key(0), eos_token_ids=line_end,
+                progress=True,
+            )
+        )  # fmt: skip
+    dense, sparse = runs
+    answers = [tokenizer.decode(out.tokens[0, : out.lengths[0]]) for out in runs]
+    report(dense, sparse, [answer.strip() for answer in answers], top_p)
+    bars(kept_by_head(sparse).mean(axis=0))
+    click.echo(f"\npicture: {draw(kept_by_head(sparse), answers[1], top_p)}")
 
 
-def report(dense: Generation, sparse: Generation, config: RaBitQConfig) -> None:
+def report(dense: Generation, sparse: Generation, answers: list[str], top_p: float) -> None:
     """Print the table."""
 
-    def row(label, value, form):
+    def row(label, value, form="{}"):
         click.echo(ROW.format(label, *(form.format(value(out)) for out in (dense, sparse))))
 
-    equal = dense.tokens[0] == sparse.tokens[0]
-    prefix = len(equal) if equal.all() else int(np.argmin(equal))
-    click.echo("\n" + ROW.format("", "dense", f"p = {config.top_p:g}"))
-    row("prefill, tokens/s", lambda out: (out.stats.length[0, 0] - 1) / out.prefill_seconds, "{:,.0f}")
-    row("decode, tokens/s", lambda out: out.lengths[0] / out.decode_seconds, "{:,.1f}")
-    for layer in range(sparse.stats.kept.shape[2]):
-        row(
-            f"tokens attended in layer {layer}",
-            lambda out, layer=layer: out.stats.kept[0, :, layer].mean(-1).sum() / out.stats.length[0].sum(),
-            "{:.1%}",
-        )
+    click.echo("\n" + ROW.format("", "dense", f"p = {top_p:g}"))
+    click.echo(ROW.format("answer", *answers))
+    row("tokens attended", lambda out: kept_by_head(out).mean(), "{:.1%}")
     row("bytes of the cache read", lambda out: out.stats.bytes_read_fraction[0, : out.lengths[0]].mean(), "{:.1%}")
-    row("cache, MB", lambda out: out.cache.nbytes / 1e6, "{:,.1f}")
-    click.echo(ROW.format("tokens equal to dense, from the first", "", prefix))
+    row("decoding, tokens/s", lambda out: out.lengths[0] / out.decode_seconds, "{:,.1f}")
+
+
+def kept_by_head(out: Generation) -> np.ndarray:
+    """Share of tokens attended [N,L,K], at each of the answer's tokens."""
+    steps = int(out.lengths[0])
+    return out.stats.kept[0, :steps] / out.stats.length[0, :steps, None, None]
+
+
+def bars(kept: np.ndarray) -> None:
+    """Print a bar for each layer and kv head, as long as its share of tokens [L,K]."""
+    click.echo("\ntokens attended by each kv head")
+    for (layer, head), share in np.ndenumerate(kept):
+        bar = "█" * round(BAR * share) or "▏"
+        click.echo(f"layer {layer} head {head}  {bar:<{BAR}} {share:6.1%}")
+
+
+def draw(kept: np.ndarray, answer: str, top_p: float) -> Path:
+    """Write a picture of the share of tokens [N,L,K] that each head attends after each character of the answer."""
+    # An extra: loaded last, so that the numbers are there without it.
+    import matplotlib.pyplot as plt
+
+    steps, layers, heads = kept.shape
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    image = axis.imshow(
+        np.log10(kept.reshape(steps, -1).T.clip(1e-3)), vmin=-3, vmax=0, aspect="auto", interpolation="none"
+    )
+    axis.set_yticks(range(layers * heads), [f"layer {i // heads} head {i % heads}" for i in range(layers * heads)])
+    axis.set_xticks(range(steps), [{" ": "space", "\n": "end"}.get(character, character) for character in answer])
+    axis.set(xlabel="read for the token after", title=f"Share of the cache's tokens attended, p = {top_p:g}")
+    bar = figure.colorbar(image, ticks=[-3, -2, -1, 0])
+    bar.ax.set_yticklabels(["0.1%", "1%", "10%", "100%"])
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, dpi=120)
+    plt.close(figure)
+    return PICTURE.relative_to(Path.cwd()) if PICTURE.is_relative_to(Path.cwd()) else PICTURE
 
 
 if __name__ == "__main__":

@@ -91,14 +91,15 @@ def make_problems(task: Task, tokens: int, count: int, tokenizer: Tokenizer, *, 
 
 
 def _make_problem(task: Task, tokens: int, tokenizer: Tokenizer, number: int) -> Problem:
-    rng = np.random.default_rng([SEED, list(TASKS).index(task.name), tokens, number])
+    seed = [SEED, list(TASKS).index(task.name), tokens, number]
+    rng = np.random.default_rng(seed)
     if task.facts is None:
         text, fact = word_count_text(8 * tokens, rng)
         build = functools.partial(_end_with_question, text, fact)
     else:
         facts = task.facts(rng)
         fact = facts.asked
-        build = functools.partial(hide, standard_library("test"), facts, rng)
+        build = functools.partial(hide, standard_library("test"), facts, [*seed, 1])
     return Problem(
         task=task.name,
         prompt=_longest_that_fits(build, tokens, tokenizer, task.name),
@@ -109,47 +110,50 @@ def _make_problem(task: Task, tokens: int, tokenizer: Tokenizer, number: int) ->
     )
 
 
-def hide(haystack: bytes, facts: Facts, rng: np.random.Generator, size: int) -> str:
+def hide(haystack: bytes, facts: Facts, seed: int | Sequence[int], size: int) -> str:
     """A text of `size` characters with every needle at a random line of it, and the question at its end.
 
-    The same generator state gives the same places, as shares of the text, for every size.
+    A seed gives the same places, as shares of the text, for every size.
+
+    Raises:
+      ValueError: the needles and the question are longer than that.
     """
-    state = rng.bit_generator.state
+    rng = np.random.default_rng(seed)
     placed = []
     for fact in (facts.asked, *facts.others):
         placed += zip(np.sort(rng.random(len(fact.needles))), fact.needles, strict=True)
     placed.sort()
     end = facts.asked.ask
     room = size - len(end) - sum(len(line) + 1 for _, line in placed)
-    if room < 0:
-        return end + " " * size
-    text = excerpt(haystack, room, rng).decode()
-    rng.bit_generator.state = state
+    if room < 1:
+        raise ValueError(f"the facts need more than {size - room} characters, size is {size}")
+    text = excerpt(haystack, room, rng)[:-1].decode() + "\n"
     parts, begin = [], 0
     for place, line in placed:
         cut = max(text.rfind("\n", begin, int(place * room)) + 1, begin)
         parts += [text[begin:cut], line, "\n"]
         begin = cut
-    return "".join([*parts, text[begin:-1], "\n" if room else "", end])
+    return "".join([*parts, text[begin:], end])
 
 
 def _end_with_question(text: bytes, fact: Fact, size: int) -> str:
     kept = size - len(fact.ask) - 1
-    return text[: max(kept, 0)].decode() + "\n" + fact.ask
+    if kept < 1:
+        raise ValueError(f"the question needs more than {size - kept} characters, size is {size}")
+    return text[:kept].decode() + "\n" + fact.ask
 
 
 def _longest_that_fits(build: Callable[[int], str], tokens: int, tokenizer: Tokenizer, name: str) -> str:
-    """The text that `build` makes of the largest size whose tokens fit, or nearly the largest."""
-    size = tokens
+    """The text of up to `tokens` tokens that `build` makes of the largest size, or nearly the largest."""
+    sample = standard_library("test")[:4096].decode()
+    size = tokens * len(sample) // len(tokenizer.encode(sample))
+    least = tokens - max(tokens // 100, 1)
     for _ in range(20):
         length = len(tokenizer.encode(build(size)))
-        if tokens - max(tokens // 100, 1) < length <= tokens:
+        if least < length <= tokens:
             return build(size)
-        # Byte-level tokens meet the size at once; others have a few characters each.
-        size = size + (tokens - length) if size == tokens else int(size * (tokens - tokens // 200) / length)
-        if size < 1:
-            break
-    raise ValueError(f"the facts of task {name!r} do not fit into {tokens} tokens")
+        size = size * (tokens - tokens // 200) // length
+    raise ValueError(f"no text of task {name!r} has {least} to {tokens} tokens with this tokenizer")
 
 
 def holds_all(reply: str, values: Sequence[str]) -> float:
