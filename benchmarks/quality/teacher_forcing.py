@@ -1,7 +1,8 @@
 """Known texts through decode steps: what the model would have said, and what its attention had, at each of them.
 
 A greedy reply equals the answer exactly if, fed with the answer, the model finds each of its tokens the most likely
-one. So one pass gives accuracy, divergence from dense decoding and the attention that was captured.
+one. So one pass gives accuracy, divergence from dense decoding and the attention that was captured. It is a little
+stricter than `generate`: the first token too is a decode step's, which there the exact prefill gives.
 """
 
 import dataclasses
