@@ -5,6 +5,7 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -13,8 +14,8 @@ BIN := $(VENV)/bin
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.core  ## dense and RaBitQ decoding of a long text, side by side, on the CPU
-	$(BIN)/python -m demo.run
+demo: $(VENV)/.plot  ## find a fact in a long text, dense and with RaBitQ side by side; DEMO_ARGS='--key KEY --value VALUE'
+	$(BIN)/python -m demo.run $(DEMO_ARGS)
 
 test: $(VENV)/.test  ## the test suite on the CPU; tests that need a GPU are skipped
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
@@ -52,6 +53,6 @@ $(VENV)/.core: pyproject.toml
 
 # On Linux, PyPI's torch brings the CUDA libraries (gigabytes). For the CPU build alone:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make parity
-$(VENV)/.test $(VENV)/.parity: $(VENV)/.%: $(VENV)/.core
+$(VENV)/.plot $(VENV)/.test $(VENV)/.parity: $(VENV)/.%: $(VENV)/.core
 	$(BIN)/pip install --quiet --editable '.[$*]'
 	@touch $@

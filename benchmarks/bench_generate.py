@@ -6,18 +6,16 @@
 Each kind of decoding runs twice; the second run, which compiles nothing, counts.
 """
 
-from pathlib import Path
-
 import click
 import jax
 import jax.numpy as jnp
 
+from benchmarks.quality.haystack import standard_library
 from benchmarks.record import commit_option, write_result
 from models import load_pretrained
 from rabitq_jax import RaBitQConfig, generate
 
 SHAPE = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
-TEXT = Path(__file__).parent.parent / "demo" / "constitution.txt"
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -29,8 +27,8 @@ TEXT = Path(__file__).parent.parent / "demo" / "constitution.txt"
 @commit_option
 def main(model: str, prompt_tokens: int, new_tokens: int, top_p: float, dtype: str, commit: str) -> None:
     decoder, tokenizer = load_pretrained(model, dtype=jnp.dtype(dtype))
-    text = tokenizer.encode(TEXT.read_text(encoding="utf-8"))
-    prompt = (text * (prompt_tokens // len(text) + 1))[:prompt_tokens]
+    # No token has more than 8 characters on average.
+    prompt = tokenizer.encode(standard_library("test")[: 8 * prompt_tokens].decode())[:prompt_tokens]
     rows = []
     for name, config in (("dense", None), ("rabitq", RaBitQConfig(top_p=top_p))):
         click.echo(name)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rabitq_jax import codes as key_codes
-from rabitq_jax.cache import LayerCache, append
+from rabitq_jax.cache import Cache, LayerCache, append, init_codes, layer_rotation_key
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.dense_attention import decode_attention, prefill_attention
 from rabitq_jax.exact_logsumexp import exact_logsumexp
@@ -225,11 +225,40 @@ def prefill(
     with jax.named_scope("build_codes"):
         if cache.codes.query_centroid is not None:
             cache = _update_query_centroid(cache, query, start, new_tokens)
-        if last and config.key_centroid == "prompt":
-            cache = _set_prompt_centroid(cache)
         if last:
-            cache = _quantize_full_blocks(cache, config, max_blocks=cache.capacity // config.interval)
+            cache = _build_codes(cache, config)
     return out, cache
+
+
+def add_codes(cache: Cache, config: RaBitQConfig) -> Cache:
+    """A densely prefilled cache with the codes that prefilling it under `config` would have made.
+
+    So a prompt that has been read once can be continued under several configurations. Keys and values are not copied.
+
+    Raises:
+      ValueError: the cache has codes, its capacity is not a multiple of the interval, or config.query_centroid is
+        "prompt", which is a mean of queries that a cache does not hold.
+    """
+    if config.query_centroid == "prompt":
+        raise ValueError("query_centroid 'prompt' needs the prompt's queries: prefill under this config instead")
+    if any(layer.codes is not None for layer in cache.layers):
+        raise ValueError("cache has codes already: prefill it with config None")
+    if cache.capacity % config.interval:
+        raise ValueError(f"the cache's capacity must be a multiple of interval {config.interval}, got {cache.capacity}")
+    layers = list(cache.layers)
+    for index in range(config.dense_layers, len(layers)):
+        batch, kv_heads, capacity, head_dim = layers[index].keys.shape
+        rotation_key = layer_rotation_key(config.rotation_seed, index)
+        codes = init_codes(batch, capacity, kv_heads, head_dim, config, rotation_key)
+        layers[index] = _build_codes(dataclasses.replace(layers[index], codes=codes), config)
+    return Cache(layers=tuple(layers), rotation_seed=jnp.uint32(config.rotation_seed))
+
+
+def _build_codes(cache: LayerCache, config: RaBitQConfig) -> LayerCache:
+    """Codes of all but the recent window, once the last chunk of a prompt is in the cache."""
+    if config.key_centroid == "prompt":
+        cache = _set_prompt_centroid(cache)
+    return _quantize_full_blocks(cache, config, max_blocks=cache.capacity // config.interval)
 
 
 def _set_prompt_centroid(cache: LayerCache) -> LayerCache:

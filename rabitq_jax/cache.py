@@ -107,22 +107,7 @@ def init_layer_cache(
             raise ValueError(f"{name} must be positive, got {value}")
     if capacity != round_capacity(capacity, config):
         raise ValueError(f"capacity must be a multiple of {round_capacity(1, config)} tokens, got {capacity}")
-    codes = None
-    if config is not None:
-        if rotation_key is None:
-            rotation_key = layer_rotation_key(config.rotation_seed, 0)
-        matrix = rotation.draw(rotation_key, head_dim, config.rotation)
-        centroids = capacity // config.interval if config.key_centroid == "block" else 1
-        tokens = (batch, num_kv_heads, capacity)
-        has_query_centroid = config.query_centroid == "prompt"
-        codes = KeyCodes(
-            bits=jnp.zeros((*tokens, matrix.shape[0] // 32), jnp.uint32),
-            scale=jnp.zeros(tokens, jnp.bfloat16),
-            bias=jnp.zeros(tokens, jnp.bfloat16) if has_query_centroid else None,
-            key_centroids=jnp.zeros((batch, num_kv_heads, centroids, head_dim), jnp.bfloat16),
-            query_centroid=jnp.zeros((batch, num_kv_heads, head_dim), jnp.float32) if has_query_centroid else None,
-            rotation=matrix,
-        )
+    codes = None if config is None else init_codes(batch, capacity, num_kv_heads, head_dim, config, rotation_key)
     kv_shape = (batch, num_kv_heads, capacity, head_dim)
     return LayerCache(
         keys=jnp.zeros(kv_shape, dtype),
@@ -130,6 +115,26 @@ def init_layer_cache(
         codes=codes,
         length=jnp.zeros((batch,), jnp.int32),
         quantized=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def init_codes(
+    batch: int, capacity: int, num_kv_heads: int, head_dim: int, config: RaBitQConfig, rotation_key: jax.Array | None
+) -> KeyCodes:
+    """Codes of no keys yet; arguments as in `init_layer_cache`."""
+    if rotation_key is None:
+        rotation_key = layer_rotation_key(config.rotation_seed, 0)
+    matrix = rotation.draw(rotation_key, head_dim, config.rotation)
+    centroids = capacity // config.interval if config.key_centroid == "block" else 1
+    tokens = (batch, num_kv_heads, capacity)
+    has_query_centroid = config.query_centroid == "prompt"
+    return KeyCodes(
+        bits=jnp.zeros((*tokens, matrix.shape[0] // 32), jnp.uint32),
+        scale=jnp.zeros(tokens, jnp.bfloat16),
+        bias=jnp.zeros(tokens, jnp.bfloat16) if has_query_centroid else None,
+        key_centroids=jnp.zeros((batch, num_kv_heads, centroids, head_dim), jnp.bfloat16),
+        query_centroid=jnp.zeros((batch, num_kv_heads, head_dim), jnp.float32) if has_query_centroid else None,
+        rotation=matrix,
     )
 
 

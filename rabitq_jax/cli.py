@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models import Llama, LlamaConfig, TextStream, Tokenizer, load_pretrained
+from models import RETRIEVER, Llama, LlamaConfig, TextStream, Tokenizer, load_pretrained
 from models.folder import read_config
 from models.pretrained import find_folder
 from rabitq_jax.cache import init_cache, round_capacity
@@ -39,7 +39,10 @@ def commands() -> None:
 
 
 model_option = click.option(
-    "--model", required=True, help="Folder of a Llama checkpoint in Hugging Face format, or a hub id (owner/name)."
+    "--model",
+    default=str(RETRIEVER),
+    help="Folder of a Llama checkpoint in Hugging Face format, or a hub id (owner/name). By default the small "
+    "retrieval model that comes with rabitq-jax, which answers questions of one form: see models/retriever/README.md.",
 )
 dtype_option = click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
 

@@ -6,7 +6,7 @@ import typing
 from typing import Literal
 
 TopPScope = Literal["all", "scored"]
-RotationKind = Literal["haar", "hadamard"]
+RotationKind = Literal["haar", "hadamard", "none"]
 KeyCentroid = Literal["block", "prompt", "none"]
 QueryCentroid = Literal["none", "prompt"]
 QueryRounding = Literal["random", "nearest"]
@@ -28,7 +28,8 @@ class RaBitQConfig:
       interval: tokens quantized in one go when the unquantized tail reaches `recent + interval`; also the length of the
         block that shares a centroid when `key_centroid` is "block".
       dense_layers: number of first layers that attend densely.
-      rotation: "haar" (QR of a Gaussian matrix) or "hadamard" (random signs times Walsh-Hadamard, three rounds).
+      rotation: "haar" (QR of a Gaussian matrix) or "hadamard" (random signs times Walsh-Hadamard, three rounds); "none"
+        takes keys as they are, to measure what rotating is worth: the estimate is then biased.
       rotation_seed: seed of every layer's rotation.
       key_centroid: c_k of equation (1): mean key of the token's own quantization block, or of the prompt; "none" is
         zero, to measure what centring is worth.

@@ -25,9 +25,12 @@ def draw(key: jax.Array, head_dim: int, kind: RotationKind) -> jax.Array:
 
     "haar" is uniform over the orthogonal matrices: QR of a Gaussian matrix with the signs of R's diagonal moved to Q
     (Mezzadri, arXiv math-ph/0609050). "hadamard" is three rounds of random signs and a Walsh-Hadamard transform, which
-    costs O(D log D) to build; one round is not enough where a vector is concentrated in few dimensions.
+    costs O(D log D) to build; one round is not enough where a vector is concentrated in few dimensions. "none" is the
+    identity, whatever the key.
     """
     size = code_dim(head_dim, kind)
+    if kind == "none":
+        return jnp.eye(size, head_dim, dtype=jnp.float32)
     if kind == "haar":
         q, r = jnp.linalg.qr(jax.random.normal(key, (size, size), jnp.float32))
         return (q * jnp.sign(jnp.diagonal(r)))[:, :head_dim]

@@ -13,7 +13,6 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality import evaluate, plots, report, sweep, tasks
 from benchmarks.quality.evaluate import Known
 from benchmarks.quality.problem import Problem
-from benchmarks.quality.teacher_forcing import teacher_forced
 from models import Tokenizer, causal_attention
 from rabitq_jax import RaBitQConfig, generate
 from tests.checkpoints import TINY, load, write_model, write_tokenizer
@@ -47,6 +46,11 @@ def known():
     return Known(prompts=[draw(prompt) for prompt, _ in lengths], texts=[draw(text) for _, text in lengths])
 
 
+def force(model, known, *configs):
+    """The pass of each configuration, all texts in one batch."""
+    return [run for (run,) in evaluate.probe(model, known, configs, key=KEY)]
+
+
 def forward(model, tokens):
     """float32 log-probabilities [N,V] after each token, by plain causal attention over the whole text."""
     tokens = jnp.array([tokens])
@@ -58,7 +62,7 @@ def forward(model, tokens):
 
 @pytest.mark.parametrize("config", [None, dataclasses.replace(CONFIG, top_p=1.0)], ids=["dense", "p = 1"])
 def test_log_probs_are_those_of_a_forward_pass(model, known, config):
-    run = teacher_forced(model, known.prompts, known.texts, config, key=KEY)
+    (run,) = force(model, known, config)
     for b, (prompt, text) in enumerate(zip(known.prompts, known.texts, strict=True)):
         want = forward(model, prompt + text)[len(prompt) - 1 : -1]
         assert run.valid[b].sum() == len(text) and run.targets[b, : len(text)].tolist() == text
@@ -69,7 +73,7 @@ def test_log_probs_are_those_of_a_forward_pass(model, known, config):
 
 def test_captured_is_the_attention_of_the_attended_tokens(model, known):
     """Against the mass that decode's output itself shows: values that mark the tokens it attends."""
-    run = teacher_forced(model, known.prompts, known.texts, CONFIG, key=KEY)
+    run, more = force(model, known, CONFIG, dataclasses.replace(CONFIG, top_p=0.99))
     probes, valid = run.probes, run.valid
     captured, kept = probes.captured[valid], probes.kept[valid]
     assert (captured[:, 0] == 1).all() and (kept[:, 0] == 1).all() and (probes.error[valid][:, 0] == 0).all()
@@ -77,25 +81,13 @@ def test_captured_is_the_attention_of_the_attended_tokens(model, known):
     assert (kept[:, 1] < 1).any()
     # A kv head attends the union of its query heads' tokens, each of which claims p at least.
     assert (probes.claimed[valid][:, 1] >= CONFIG.top_p - 1e-3).all()
-    more = teacher_forced(model, known.prompts, known.texts, dataclasses.replace(CONFIG, top_p=0.99), key=KEY)
     assert (more.probes.captured[valid][:, 1] >= captured[:, 1] - 1e-5).all()
 
 
 def test_error_of_the_logits_falls_with_a_centroid(model, known):
-    centred = teacher_forced(model, known.prompts, known.texts, CONFIG, key=KEY)
-    plain = teacher_forced(model, known.prompts, known.texts, dataclasses.replace(CONFIG, key_centroid="none"), key=KEY)
+    centred, plain = force(model, known, CONFIG, dataclasses.replace(CONFIG, key_centroid="none"))
     errors = [run.probes.error[run.valid][:, 1].mean() for run in (centred, plain)]
     assert 0 < errors[0] < errors[1]
-
-
-def test_rotations_replace_those_of_the_config(model, known):
-    identity = [jnp.eye(32)] * 2
-    runs = [
-        teacher_forced(model, known.prompts, known.texts, CONFIG, key=KEY, rotations=rotations)
-        for rotations in (None, identity, identity)
-    ]
-    errors = [run.probes.error[run.valid] for run in runs]
-    assert not np.array_equal(errors[0], errors[1]) and np.array_equal(errors[1], errors[2])
 
 
 @pytest.mark.parametrize("config", [None, CONFIG], ids=["dense", "sparse"])
@@ -107,15 +99,15 @@ def test_exact_texts_are_those_that_greedy_decoding_writes(model, config, known)
     # The first token is the exact prefill's; what follows it are decode steps, here as there.
     prompts = [[*prompt, first] for prompt, first in zip(prompts, out.tokens[:, 0].tolist(), strict=True)]
     texts = out.tokens[:, 1:].tolist()
-    run = teacher_forced(model, prompts, texts, config, key=KEY)
+    (run,) = force(model, Known(prompts=prompts, texts=texts), config)
     assert evaluate.compare([run], [run])["exact"] == 1
     texts[0][3] = (texts[0][3] + 1) % 258
-    run = teacher_forced(model, prompts, texts, config, key=KEY)
+    (run,) = force(model, Known(prompts=prompts, texts=texts), config)
     assert evaluate.compare([run], [run])["exact"] == pytest.approx(2 / 3)
 
 
 def test_compare_measures_divergence_and_perplexity(model, known):
-    dense, sparse = (teacher_forced(model, known.prompts, known.texts, c, key=KEY) for c in (None, CONFIG))
+    dense, sparse = force(model, known, None, CONFIG)
     measures = evaluate.compare([sparse], [dense])
     p, q = (run.log_probs.astype(np.float64)[run.valid] for run in (dense, sparse))
     assert measures["divergence"] == pytest.approx(np.mean(np.sum(np.exp(p) * (p - q), axis=1)), rel=1e-4)
@@ -133,10 +125,12 @@ def test_answers_are_those_of_generate_cut_at_the_stop(model, tokenizer):
     seen = []
     problems = [scripted(f"t{i % 2}", "x", lambda reply: seen.append(reply) or float(len(reply) > 0)) for i in range(5)]
     advanced = []
-    answered = evaluate.answer(model, tokenizer, problems, CONFIG, tokens=64, key=KEY, advance=advanced.append)
-    assert [one.reply for one in answered] == seen and sum(advanced) == 5
+    dense, answered = evaluate.answer(
+        model, tokenizer, problems, [None, CONFIG], tokens=64, key=KEY, advance=advanced.append
+    )
+    assert [one.reply for one in dense + answered] == seen and sum(advanced) == 10
     out = generate(model, tokenizer.encode("t0 text"), None, max_new_tokens=5, key=KEY, eos_token_ids=())
-    assert tokenizer.decode(out.tokens[0]).startswith(answered[0].reply)
+    assert tokenizer.decode(out.tokens[0]).split("\n")[0] == dense[0].reply
     rows = evaluate.summarize(answered)
     assert [(row["task"], row["examples"]) for row in rows] == [("t0", 3), ("t1", 2)]
     assert rows[0]["kept"] == pytest.approx(np.mean(rows[0]["kept_by_head"]), abs=1e-4)
@@ -228,7 +222,7 @@ def test_sweep_changes_one_choice():
     assert base.config == RaBitQConfig(top_p=0.9, dense_layers=0)
     for change in sweep.VARIANTS[1:]:
         case = sweep.Case(change=change, top_p=0.9)
-        assert len(change) == 1 and (case.config != base.config) == case.rotated
+        assert len(change) == 1 and case.config != base.config
         assert case.label == "=".join(map(str, *change.items()))
 
 

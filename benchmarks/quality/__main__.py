@@ -8,11 +8,8 @@ writes benchmarks/results/quality.json, a table beside it (.md), and pictures (.
 """
 
 import dataclasses
-import functools
-import itertools
 import typing
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -58,12 +55,11 @@ class Suite:
 @click.option("--gsm8k", "gsm8k_folder", type=click.Path(path_type=Path), help="Folder of train.jsonl and test.jsonl.")
 @click.option("--context", default=32768, show_default=True, help="Tokens that LongBench's prompts are cut to.")
 @click.option("--chat", is_flag=True, help="Send prompts as a user's message, by the checkpoint's chat template.")
-@click.option("--jobs", default=1, show_default=True, help="Ways of decoding that are compiled at the same time.")
 @click.option("--name", default="quality", show_default=True, help="Name of the results.")
 @commit_option
 def main(
     model, dtype, tasks, tokens, examples, probes, probe_tokens, top_p, settings, longbench_folder, gsm8k_folder,
-    context, chat, jobs, name, commit,
+    context, chat, name, commit,
 ) -> None:  # fmt: skip
     overrides = parse_settings(settings)
     configs = [None, *(RaBitQConfig(**{"top_p": p, **overrides}) for p in top_p)]
@@ -77,20 +73,17 @@ def main(
         "rows": [], "probes": [],
     }  # fmt: skip
     total = sum(len(suite.problems) for suite in suites) * len(configs)
-    with tqdm(total=total, desc="answers", unit="reply") as bar, ThreadPoolExecutor(jobs) as pool:
+    with tqdm(total=total, desc="answers", unit="reply") as bar:
         for suite in suites:
-
-            def run(config, suite=suite):
-                answered = answer(
-                    decoder, tokenizer, suite.problems, config,
-                    tokens=suite.tokens, key=jax.random.key(0), chat=chat, advance=bar.update,
-                )  # fmt: skip
+            answered = answer(
+                decoder, tokenizer, suite.problems, configs,
+                tokens=suite.tokens, key=jax.random.key(0), chat=chat, advance=bar.update,
+            )  # fmt: skip
+            for config, replies in zip(configs, answered, strict=True):
                 shared = {"tokens": suite.tokens, "top_p": config and config.top_p}
-                return [shared | row for row in summarize(answered)]
-
-            content["rows"] += itertools.chain.from_iterable(pool.map(run, configs))
+                content["rows"] += [shared | row for row in summarize(replies)]
             if suite.known and not chat and suite.tokens in (probe_tokens or tokens):
-                content["probes"] += probe_suite(decoder, tokenizer, suite, configs, probes, pool)
+                content["probes"] += probe_suite(decoder, tokenizer, suite, configs, probes)
             # After each length, so that what is there is kept if a later one fails.
             path = write_result(f"{name}.json", content, commit=commit)
     path.with_suffix(".md").write_text(table(content) + "\n", encoding="utf-8")
@@ -138,7 +131,7 @@ def published_suites(tokenizer: Tokenizer, longbench_folder, gsm8k_folder, conte
     return suites
 
 
-def probe_suite(decoder, tokenizer, suite: Suite, configs, probes: int, pool: ThreadPoolExecutor) -> list[dict]:
+def probe_suite(decoder, tokenizer, suite: Suite, configs, probes: int) -> list[dict]:
     """What decoding the known answers, and plain text, attends: a row for each set of texts and way of decoding."""
     by_task: dict[str, list[Problem]] = {}
     for problem in suite.problems:
@@ -151,7 +144,7 @@ def probe_suite(decoder, tokenizer, suite: Suite, configs, probes: int, pool: Th
     }
     rows = []
     for name, known in sets.items():
-        passes = list(pool.map(functools.partial(probe, decoder, known, key=jax.random.key(1)), configs))
+        passes = probe(decoder, known, configs, key=jax.random.key(1))
         for config, run in zip(configs, passes, strict=True):
             row = compare(run, passes[configs.index(None)])
             rows.append({"tokens": suite.tokens, "texts": name, "top_p": config and config.top_p, **row})

@@ -1,17 +1,21 @@
-"""How well a model answers problems with one way of decoding, and what it read for that."""
+"""How well a model answers problems with several ways of decoding, and what it reads for that."""
 
 import dataclasses
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from scipy.stats import binomtest
+from tqdm import tqdm
 
+from benchmarks.quality.prefilled import prefill
 from benchmarks.quality.problem import Problem, cut_reply
 from benchmarks.quality.teacher_forcing import Pass, teacher_forced
 from models import Tokenizer
-from rabitq_jax import RaBitQConfig, generate
+from rabitq_jax import Generation, RaBitQConfig, generate
 from rabitq_jax.cache import round_capacity
 from rabitq_jax.generation import Decoder
 
@@ -34,45 +38,64 @@ def answer(
     model: Decoder,
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
-    config: RaBitQConfig | None,
+    configs: Sequence[RaBitQConfig | None],
     *,
     tokens: int,
     key: jax.Array,
     chat: bool = False,
     advance: Callable[[int], object] = lambda replies: None,
-) -> list[Answered]:
-    """Greedy replies to problems, in their order.
+) -> list[list[Answered]]:
+    """Greedy replies to problems under each configuration, in the problems' order. A prompt is read once for all.
 
     Args:
+      configs: None decodes densely.
       tokens: tokens that every prompt fits in.
       chat: send prompts as a user's message, by the checkpoint's chat template.
       advance: told the number of new replies, for a progress bar.
     """
     new_tokens = max(problem.max_new_tokens for problem in problems)
-    capacity = round_capacity(tokens + new_tokens, config)
-    batch = batch_size(tokens, len(problems))
+    capacity = capacity_for(tokens + new_tokens, configs)
     ends = stop_tokens(tokenizer, problems)
-    answered = []
-    for first in range(0, len(problems), batch):
-        part = problems[first : first + batch]
-        # The last batch is filled up, so that one program serves all.
-        prompts = [encode(tokenizer, problem, chat=chat) for problem in [*part, *problems[:1] * (batch - len(part))]]
-        out = generate(
-            model, prompts, config, max_new_tokens=new_tokens, capacity=capacity, key=jax.random.fold_in(key, first),
-            eos_token_ids=ends,
-        )  # fmt: skip
-        for i, problem in enumerate(part):
-            steps = slice(0, min(int(out.lengths[i]), problem.max_new_tokens))
-            reply = cut_reply(tokenizer.decode(out.tokens[i, steps]), problem.stop)
-            kept = out.stats.kept[i, steps] / out.stats.length[i, steps, None, None].clip(1)
-            answered.append(
-                Answered(
-                    problem=problem, reply=reply, score=problem.score(reply),
-                    kept=kept.mean(axis=0), bytes_read=float(out.stats.bytes_read_fraction[i, steps].mean()),
-                )
+    answered: list[list[Answered]] = [[] for _ in configs]
+    for first, part in batches(problems, tokens):
+        prefilled = prefill(model, [encode(tokenizer, problem, chat=chat) for problem in part], capacity)
+        new = min(len(problems) - first, len(part))
+        for replies, config in zip(answered, configs, strict=True):
+            out = generate(
+                model, prefilled.last[:, None], config, max_new_tokens=new_tokens, cache=prefilled.start(config),
+                key=jax.random.fold_in(key, first), eos_token_ids=ends,
             )  # fmt: skip
-        advance(len(part))
+            replies += [_answered(tokenizer, problem, out, i) for i, problem in enumerate(part[:new])]
+            advance(new)
     return answered
+
+
+def _answered(tokenizer: Tokenizer, problem: Problem, out: Generation, i: int) -> Answered:
+    """Sequence i of a batch as the reply to its problem."""
+    steps = slice(0, min(int(out.lengths[i]), problem.max_new_tokens))
+    reply = cut_reply(tokenizer.decode(out.tokens[i, steps]), problem.stop)
+    kept = out.stats.kept[i, steps] / out.stats.length[i, steps, None, None].clip(1)
+    return Answered(
+        problem=problem,
+        reply=reply,
+        score=problem.score(reply),
+        kept=kept.mean(axis=0),
+        bytes_read=float(out.stats.bytes_read_fraction[i, steps].mean()),
+    )
+
+
+def capacity_for(tokens: int, configs: Sequence[RaBitQConfig | None]) -> int:
+    """A capacity for so many tokens that suits every configuration."""
+    unit = math.lcm(*(round_capacity(1, config) for config in configs))
+    return -(-tokens // unit) * unit
+
+
+def batches(items: Sequence[Any], tokens: int) -> Iterator[tuple[int, list[Any]]]:
+    """The number of the first item and the items of each batch; the last batch is filled up, to fit one program."""
+    size = batch_size(tokens, len(items))
+    for first in range(0, len(items), size):
+        part = list(items[first : first + size])
+        yield first, [*part, *items[:1] * (size - len(part))]
 
 
 def batch_size(tokens: int, problems: int) -> int:
@@ -154,18 +177,32 @@ class Known:
         )
 
 
-def probe(model: Decoder, known: Known, config: RaBitQConfig | None, *, key: jax.Array, **options) -> list[Pass]:
-    """`teacher_forced` over known texts, in batches of those that fit together."""
-    tokens = max(map(len, known.prompts))
-    batch = batch_size(tokens, len(known.prompts))
-    passes = []
-    for first in range(0, len(known.prompts) // batch * batch, batch):
-        part = slice(first, first + batch)
-        passes.append(
-            teacher_forced(
-                model, known.prompts[part], known.texts[part], config, key=jax.random.fold_in(key, first), **options
-            )
-        )
+def probe(
+    model: Decoder, known: Known, configs: Sequence[RaBitQConfig | None], *, key: jax.Array, progress: bool = False
+) -> list[list[Pass]]:
+    """`teacher_forced` over known texts under each configuration: a pass a batch."""
+    tokens, longest = max(map(len, known.prompts)), max(map(len, known.texts))
+    capacity = capacity_for(tokens + longest, configs)
+    passes: list[list[Pass]] = [[] for _ in configs]
+    pairs = list(zip(known.prompts, known.texts, strict=True))
+    total = -(-len(pairs) // batch_size(tokens, len(pairs))) * len(configs)
+    with tqdm(total=total, desc="probes", unit="pass", disable=not progress) as bar:
+        for first, part in batches(pairs, tokens):
+            prompts, texts = [prompt for prompt, _ in part], [text for _, text in part]
+            shared = prefill(model, prompts, capacity)
+            # Texts that only fill the batch up count for nothing.
+            real = np.arange(len(part)) < len(pairs) - first
+            for done, config in zip(passes, configs, strict=True):
+                # A centroid of the prompt's queries can only be had by reading the prompt under its configuration.
+                own = config is not None and config.query_centroid == "prompt"
+                prefilled = prefill(model, prompts, capacity, config) if own else shared
+                cache = prefilled.start(None if own else config)
+                # All texts in as many steps as the longest has, so that one program serves every batch.
+                run = teacher_forced(
+                    model, cache, prefilled.last, texts, config, steps=longest, key=jax.random.fold_in(key, first)
+                )
+                done.append(dataclasses.replace(run, valid=run.valid & real[:, None]))
+                bar.update()
     return passes
 
 
@@ -180,7 +217,7 @@ def compare(passes: Sequence[Pass], dense: Sequence[Pass]) -> dict:
     for run, base in zip(passes, dense, strict=True):
         valid = run.valid
         right = run.log_probs.argmax(axis=-1) == run.targets
-        exact += (right | ~valid).all(axis=1).tolist()
+        exact += (right | ~valid).all(axis=1)[valid.any(axis=1)].tolist()
         nll.append(-np.take_along_axis(run.log_probs, run.targets[..., None], axis=-1)[..., 0][valid])
         divergence.append(np.sum(np.exp(base.log_probs) * (base.log_probs - run.log_probs), axis=-1)[valid])
         for name, values in vars(run.probes).items():

@@ -95,3 +95,22 @@ def draw_mass(content: dict[str, Any]) -> plt.Figure:
     axes[0][0].set_ylabel("share of the attention")
     axes[0][0].legend(fontsize=8)
     return figure
+
+
+def draw_training(content: dict[str, Any]) -> plt.Figure:
+    """Losses and the share of answer tokens that are right, over the steps, with the lengths of the sequences."""
+    history = content["history"]
+    steps = [entry["step"] for entry in history]
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    axis.semilogy(steps, [entry["answers"] for entry in history], color="C0", label="answers, nats a byte")
+    axis.semilogy(steps, [entry["text"] for entry in history], color="C1", label="text, nats a byte")
+    axis.semilogy(steps, [1 - entry["right"] for entry in history], color="C2", label="share of answer bytes wrong")
+    begin = 0
+    for stage in content["stages"]:
+        axis.axvline(begin, color="k", linewidth=0.6, linestyle=":")
+        axis.text(begin + 10, axis.get_ylim()[1] * 0.7, f"{stage['tokens']:,} tokens", fontsize=8)
+        begin += stage["steps"]
+    axis.set(xlabel="step")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure

@@ -7,7 +7,6 @@ at the same share of bytes, choices can be compared. Writes benchmarks/results/s
 """
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
@@ -15,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from tqdm import tqdm
 
 from benchmarks.quality.evaluate import Known, compare, probe
 from benchmarks.quality.plots import save
@@ -26,7 +24,6 @@ from models import RETRIEVER, load_pretrained
 from rabitq_jax import RaBitQConfig
 
 TOP_P = (0.8, 0.95, 0.99)
-NO_ROTATION = "none"
 # One choice each; all others are the base's. The shipped model has few layers, so that its base has no dense ones.
 BASE: dict[str, Any] = {"dense_layers": 0}
 VARIANTS: tuple[dict[str, Any], ...] = (
@@ -42,7 +39,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"dense_layers": 1},
     {"dense_layers": 2},
     {"rotation": "hadamard"},
-    {"rotation": NO_ROTATION},
+    {"rotation": "none"},
     {"rotation_seed": 1},
     {"key_centroid": "prompt"},
     {"key_centroid": "none"},
@@ -65,44 +62,31 @@ class Case:
 
     @property
     def config(self) -> RaBitQConfig:
-        choices = BASE | self.change
-        if not self.rotated:
-            del choices["rotation"]
-        return RaBitQConfig(top_p=self.top_p, **choices)
-
-    @property
-    def rotated(self) -> bool:
-        return self.change.get("rotation") != NO_ROTATION
+        return RaBitQConfig(top_p=self.top_p, **BASE | self.change)
 
 
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--model", default=str(RETRIEVER), help="Folder or hub id; the model that ships with the library.")
 @click.option("--tokens", default=16384, show_default=True, help="Length of the prompts.")
 @click.option("--examples", default=5, show_default=True, help="Problems of each task.")
-@click.option("--jobs", default=1, show_default=True, help="Cases that are compiled at the same time.")
 @click.option("--name", default="sweep", show_default=True, help="Name of the results.")
 @commit_option
-def main(model: str, tokens: int, examples: int, jobs: int, name: str, commit: str) -> None:
+def main(model: str, tokens: int, examples: int, name: str, commit: str) -> None:
     decoder, tokenizer = load_pretrained(model, dtype=jnp.bfloat16)
     problems = [problem for task in TASKS.values() for problem in make_problems(task, tokens, examples, tokenizer)]
     known = Known.answers(tokenizer, problems)
-    key = jax.random.key(2)
-    dense = probe(decoder, known, None, key=key)
     cases = [Case(change=change, top_p=top_p) for change in VARIANTS for top_p in TOP_P]
-    identity = [jnp.eye(decoder.config.head_dim)] * decoder.config.num_layers
-
-    def run(case: Case) -> dict[str, Any]:
-        passes = probe(decoder, known, case.config, key=key, rotations=None if case.rotated else identity)
-        return {"change": case.label, "top_p": case.top_p, **compare(passes, dense)}
-
+    configs = [None, *(case.config for case in cases)]
+    dense, *passes = probe(decoder, known, configs, key=jax.random.key(2), progress=True)
     content = {
         "model": model if model != str(RETRIEVER) else "retriever", "tokens": tokens, "examples": examples,
-        "base": BASE, "dense": compare(dense, dense), "rows": [],
+        "base": BASE, "dense": compare(dense, dense),
+        "rows": [
+            {"change": case.label, "top_p": case.top_p, **compare(run, dense)}
+            for case, run in zip(cases, passes, strict=True)
+        ],
     }  # fmt: skip
-    with ThreadPoolExecutor(jobs) as pool:
-        for row in tqdm(pool.map(run, cases), total=len(cases), desc="cases", unit="case"):
-            content["rows"].append(row)
-            path = write_result(f"{name}.json", content, commit=commit)
+    path = write_result(f"{name}.json", content, commit=commit)
     path.with_suffix(".md").write_text(table(content) + "\n", encoding="utf-8")
     save(draw(content), RESULTS / f"{name}.png")
     click.echo(table(content))

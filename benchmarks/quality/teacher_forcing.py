@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rabitq_jax import attention
-from rabitq_jax.cache import LayerCache, append, init_cache, round_capacity
+from rabitq_jax import Cache, RaBitQConfig, attention
+from rabitq_jax.cache import LayerCache, append
 from rabitq_jax.codes import quantize_query
-from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.decoding import ModelDefinition
-from rabitq_jax.generation import Decoder, feed_prompts
+from rabitq_jax.generation import Decoder
 from rabitq_jax.scores import proxy_scores
 
 
@@ -63,46 +62,30 @@ class Pass:
 
 def teacher_forced(
     model: Decoder,
-    prompts: Sequence[Sequence[int]],
+    cache: Cache,
+    last: np.ndarray,
     texts: Sequence[Sequence[int]],
     config: RaBitQConfig | None,
     *,
     key: jax.Array,
-    rotations: Sequence[jax.Array] | None = None,
+    steps: int | None = None,
 ) -> Pass:
-    """Prefill prompts and decode the texts that follow them, one given token after the other.
+    """Decode known texts, one given token after the other.
 
     Args:
-      prompts, texts: token ids, one a sequence, of any lengths of at least 2 tokens and 1. The last token of a prompt
-        is the first that is decoded, so that the first prediction is a decode step's too.
-      config: None attends densely.
+      cache: holds the prompts but for the last token of each, int32 [B], which is the first that is decoded.
+      texts: token ids that follow, at least one for each prompt, and of any lengths.
+      config: the one the cache was made with.
       key: PRNG key of the queries' rounding.
-      rotations: one a layer, in place of those that config draws.
+      steps: decode steps; by default the longest text's, and no fewer.
     """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    steps = max(map(len, texts))
+    steps = steps or max(map(len, texts))
     targets = np.stack([np.pad(np.asarray(text, np.int32), (0, steps - len(text))) for text in texts])
-    inputs = np.concatenate([[[prompt[-1]] for prompt in prompts], targets[:, :-1]], axis=1).astype(np.int32)
-    capacity = round_capacity(int(lengths.max()) + steps, config)
-    cache = init_cache(model.config, len(prompts), capacity, config, dtype=model.dtype)
-    if rotations is not None:
-        cache = dataclasses.replace(
-            cache, layers=tuple(_with_rotation(*pair) for pair in zip(cache.layers, rotations, strict=True))
-        )
+    inputs = np.concatenate([last[:, None], targets[:, :-1]], axis=1)
     definition, params = ModelDefinition.split(model)
-    hidden = jnp.zeros((len(prompts), model.config.hidden_size), model.dtype)
-    before = [np.asarray(prompt[:-1], np.int32) for prompt in prompts]
-    cache, _ = feed_prompts(definition, params, cache, hidden, before, np.zeros(len(prompts), np.int32), config=config)
     log_probs, probes = _decode_known(definition, params, cache, inputs, key, config=config)
     valid = np.arange(steps) < np.array([len(text) for text in texts])[:, None]
     return Pass(log_probs=np.asarray(log_probs), targets=targets, valid=valid, probes=jax.tree.map(np.asarray, probes))
-
-
-def _with_rotation(layer: LayerCache, rotation: jax.Array) -> LayerCache:
-    if layer.codes is None:
-        return layer
-    # A copy: the cache is donated with all its parts.
-    return dataclasses.replace(layer, codes=dataclasses.replace(layer.codes, rotation=jnp.array(rotation)))
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "config"))

@@ -2,8 +2,9 @@
 
     python -m benchmarks.quality.train
 
-On an H100 it takes nine minutes. Stopped, it goes on from its last checkpoint. It writes the model in Hugging
-Face format, and the history of its losses to benchmarks/results/training.json.
+On an H100 it takes nine minutes. Stopped, it goes on from its last checkpoint. It writes the model in Hugging Face
+format to benchmarks/quality/out/model, and the history of its losses to benchmarks/results/training.json, with a
+picture.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from benchmarks.byte_tokenizer import ascii_ids, save_byte_tokenizer
+from benchmarks.quality import plots
 from benchmarks.quality.haystack import standard_library
 from benchmarks.quality.training_text import training_sequence
 from benchmarks.record import commit_option, write_result
@@ -235,7 +237,9 @@ def train(
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "history": history,
     }
-    click.echo(write_result("training.json", content, commit=commit))
+    path = write_result("training.json", content, commit=commit)
+    plots.save(plots.draw_training(content), path.with_suffix(".png"))
+    click.echo(path)
 
 
 def log_entry(step: int, stage: Stage, measures: list[jax.Array], seconds: float) -> dict:
