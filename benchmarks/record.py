@@ -45,3 +45,12 @@ def write_result(name: str, content: dict, *, commit: str) -> Path:
     path = RESULTS / name
     path.write_text(json.dumps({"environment": environment(commit), **content}, indent=1) + "\n")
     return path
+
+
+def write_text(name: str, text: str, *, commit: str) -> Path:
+    """Write benchmarks/results/`name`: the command, the environment in a line, and a text."""
+    RESULTS.mkdir(exist_ok=True)
+    path, here = RESULTS / name, environment(commit)
+    about = f"# {here['device']} ({here['processor']}), JAX {here['jax']}, commit {here['commit']}, {here['date']}"
+    path.write_text(f"$ {here['command']}\n{about}\n{text}\n", encoding="utf-8")
+    return path

@@ -1,6 +1,6 @@
-"""The tables and the picture of README.md, from the files in benchmarks/results alone.
+"""The tables and the pictures of README.md, from the files in benchmarks/results alone.
 
-python -m benchmarks.report          # rewrites README.md between its markers, and results/decode.png
+python -m benchmarks.report          # rewrites README.md between its markers, and the pictures in results/
 """
 
 import json
@@ -9,20 +9,32 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.report import about_training, table
 from benchmarks.record import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
 
 
 def main() -> None:
+    # An extra: the tables need no plotting library.
+    from benchmarks.quality import plots
+
     plot_decode(read("decode.json"), RESULTS / "decode.png")
+    plots.draw(read("quality.json"), RESULTS, "quality")
+    plots.save(plots.draw_training(read("training.json")), RESULTS / "training.png")
     README.write_text(rewritten(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def rewritten(readme: str) -> str:
     """The README with the parts between its markers made anew."""
     decode, generate = read("decode.json"), read("generate.json")
-    for marker, content in (("headline", headline(decode)), ("results", results(decode, generate))):
+    sections = {
+        "headline": headline(decode),
+        "demo": f"```\n{(RESULTS / 'demo.txt').read_text(encoding='utf-8').rstrip()}\n```",
+        "results": results(decode, generate),
+        "quality": quality(read("quality.json"), read("training.json")),
+    }
+    for marker, content in sections.items():
         block = f"<!-- {marker} -->\n{content}\n<!-- /{marker} -->"
         pattern = rf"<!-- {marker} -->.*?<!-- /{marker} -->"
         readme = re.sub(pattern, lambda _, block=block: block, readme, flags=re.DOTALL)
@@ -97,6 +109,26 @@ def results(decode: dict[str, Any], generate: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def quality(measured: dict[str, Any], training: dict[str, Any]) -> str:
+    """What the retrieval model answers, and what it reads for that."""
+    choices = ", ".join(f"{name}={value}" for name, value in measured["settings"].items())
+    about = (
+        f"**Answers of a trained model** ({provenance(measured, 'quality.json')}; `RaBitQConfig()` with {choices}). "
+        f"{about_training(training)} Tasks in the manner of RULER hide facts in sources of Python's standard library "
+        "that were held out from training, and ask for one at the end. A score is the share of questions answered "
+        "right, in percent, with its 95 % interval. Tokens attended and bytes read are means over all layers and tasks."
+    )
+    pictures = {
+        "scores": "Scores against the share of tokens attended",
+        "heads": "Tokens attended by each layer and kv head",
+        "mass": "Attention claimed and captured",
+    }
+    lines = [paragraph(about), "", table(measured)]
+    for name, text in pictures.items():
+        lines += ["", f"![{text}](benchmarks/results/quality-{name}.png)"]
+    return "\n".join(lines)
+
+
 def paragraph(text: str) -> str:
     """Text in lines of up to 120 characters."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
@@ -115,7 +147,6 @@ def provenance(result: dict[str, Any], name: str) -> str:
 
 
 def plot_decode(decode: dict[str, Any], path: Path) -> None:
-    # An extra: the tables need no plotting library.
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")

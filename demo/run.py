@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.quality.facts import single
 from benchmarks.quality.haystack import standard_library
 from benchmarks.quality.tasks import Facts, hide
+from benchmarks.record import commit_option, write_text
 from models import RETRIEVER, load_pretrained
 from rabitq_jax import Generation, RaBitQConfig, generate
 
@@ -29,45 +30,57 @@ BAR = 40
 @click.option("--prompt-tokens", default=16384, show_default=True, help="Length of the text; a token is a byte.")
 @click.option("--top-p", default=0.95, show_default=True, help="Share of the attention to keep.")
 @click.option("--seed", default=0, show_default=True, help="Where the fact stands.")
-def main(key: str, value: str, prompt_tokens: int, top_p: float, seed: int) -> None:
+@click.option("--record", is_flag=True, help="Write what is printed to benchmarks/results/demo.txt too.")
+@commit_option
+def main(key: str, value: str, prompt_tokens: int, top_p: float, seed: int, record: bool, commit: str) -> None:
     model, tokenizer = load_pretrained(RETRIEVER, dtype=jnp.float32, progress=False)
     fact = single("number" if value.isdecimal() else "word", key, value)
     prompt = hide(standard_library("test"), Facts(asked=fact), seed, prompt_tokens - 1)
     ids = tokenizer.encode(prompt)
     place = prompt.index(fact.needles[0]) / len(prompt)
-    click.echo(f"{len(ids):,} tokens of Python's sources; {place:.0%} into them stands: {fact.needles[0]}")
-    click.echo(f"{fact.question} (on {jax.devices()[0].device_kind})")
-
+    about = [
+        f"{len(ids):,} tokens of Python's sources; {place:.0%} into them stands: {fact.needles[0]}",
+        fact.question,
+    ]
+    click.echo("\n".join(about))
     # Every layer selects: the model has but five.
     config = RaBitQConfig(top_p=top_p, dense_layers=0)
     line_end = tokenizer.encode("\n", add_special_tokens=False)
     runs = []
     for name, choice in (("dense", None), ("RaBitQ", config)):
         click.echo(f"{name}:", err=True)
-        runs.append(
-            generate(
-                model, ids, choice, max_new_tokens=len(value) + 8, key=jax.random.key(0), eos_token_ids=line_end,
-                progress=True,
-            )
+        out = generate(
+            model, ids, choice,
+            max_new_tokens=len(value) + 8, key=jax.random.key(0), eos_token_ids=line_end, progress=True,
         )  # fmt: skip
-    dense, sparse = runs
+        runs.append(out)
     answers = [tokenizer.decode(out.tokens[0, : out.lengths[0]]) for out in runs]
-    report(dense, sparse, [answer.strip() for answer in answers], top_p)
-    bars(kept_by_head(sparse).mean(axis=0))
-    click.echo(f"\npicture: {draw(kept_by_head(sparse), answers[1], top_p)}")
+    kept = kept_by_head(runs[1])
+    results = [*table(*runs, answers, top_p), "", *bars(kept.mean(axis=0))]
+    click.echo("\n".join(results))
+    if record:
+        write_text("demo.txt", "\n".join([*about, *results]), commit=commit)
+    click.echo(f"\npicture: {draw(kept, answers[1], top_p)}")
 
 
-def report(dense: Generation, sparse: Generation, answers: list[str], top_p: float) -> None:
-    """Print the table."""
+def table(dense: Generation, sparse: Generation, answers: list[str], top_p: float) -> list[str]:
+    """Lines of the table."""
 
-    def row(label, value, form="{}"):
-        click.echo(ROW.format(label, *(form.format(value(out)) for out in (dense, sparse))))
+    def row(label, value, form):
+        return ROW.format(label, *(form.format(value(out)) for out in (dense, sparse)))
 
-    click.echo("\n" + ROW.format("", "dense", f"p = {top_p:g}"))
-    click.echo(ROW.format("answer", *answers))
-    row("tokens attended", lambda out: kept_by_head(out).mean(), "{:.1%}")
-    row("bytes of the cache read", lambda out: out.stats.bytes_read_fraction[0, : out.lengths[0]].mean(), "{:.1%}")
-    row("decoding, tokens/s", lambda out: out.lengths[0] / out.decode_seconds, "{:,.1f}")
+    return [
+        ROW.format("", "dense", f"p = {top_p:g}"),
+        ROW.format("answer", *(answer.strip() for answer in answers)),
+        row("tokens attended", lambda out: kept_by_head(out).mean(), "{:.1%}"),
+        row("bytes of the cache read", bytes_read, "{:.1%}"),
+        row("decoding, tokens/s", lambda out: out.lengths[0] / out.decode_seconds, "{:,.1f}"),
+    ]
+
+
+def bytes_read(out: Generation) -> float:
+    """Share of dense attention's, mean over the answer's tokens."""
+    return out.stats.bytes_read_fraction[0, : out.lengths[0]].mean()
 
 
 def kept_by_head(out: Generation) -> np.ndarray:
@@ -76,12 +89,13 @@ def kept_by_head(out: Generation) -> np.ndarray:
     return out.stats.kept[0, :steps] / out.stats.length[0, :steps, None, None]
 
 
-def bars(kept: np.ndarray) -> None:
-    """Print a bar for each layer and kv head, as long as its share of tokens [L,K]."""
-    click.echo("\ntokens attended by each kv head")
+def bars(kept: np.ndarray) -> list[str]:
+    """A bar for each layer and kv head, as long as its share of tokens [L,K]."""
+    lines = ["tokens attended by each kv head"]
     for (layer, head), share in np.ndenumerate(kept):
         bar = "█" * round(BAR * share) or "▏"
-        click.echo(f"layer {layer} head {head}  {bar:<{BAR}} {share:6.1%}")
+        lines.append(f"layer {layer} head {head}  {bar:<{BAR}} {share:6.1%}")
+    return lines
 
 
 def draw(kept: np.ndarray, answer: str, top_p: float) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rabitq_jax import RaBitQConfig, attention
-from rabitq_jax.cache import init_layer_cache
+from rabitq_jax.cache import Cache, init_layer_cache, layer_rotation_key
 
 HEADS, KV_HEADS, HEAD_DIM, CAPACITY = 6, 2, 20, 512
 PROMPT = np.array([150, 60, 7])
@@ -159,6 +159,31 @@ def test_codes_are_a_function_of_the_keys():
         token = (x[:, n] for x in arrays)
         _, cache, _ = decode(*token, cache, config, prng_key=jax.random.key(n), active=jnp.asarray(n < lengths))
     assert_equal_codes(at_once, cache)
+
+
+@pytest.mark.parametrize("key_centroid", ["block", "prompt", "none"])
+def test_codes_can_be_added_to_a_dense_cache(key_centroid):
+    config = RaBitQConfig(**SMALL, key_centroid=key_centroid, rotation_seed=3, dense_layers=1)
+    layer = filled_cache(None)
+    cache = attention.add_codes(Cache(layers=(layer, layer), rotation_seed=jnp.uint32(0)), config)
+    assert cache.layers[0].codes is None and int(cache.rotation_seed) == 3
+    empty = init_layer_cache(
+        3, CAPACITY, KV_HEADS, HEAD_DIM, config, dtype=jnp.float32, rotation_key=layer_rotation_key(3, 1)
+    )
+    _, want = prefill(*prompt(), empty, config, new_tokens=PROMPT)
+    assert jax.tree.structure(cache.layers[1]) == jax.tree.structure(want)
+    for (path, got), expected in zip(jax.tree.leaves_with_path(cache.layers[1]), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(got, expected, err_msg=jax.tree_util.keystr(path))
+
+
+def test_codes_cannot_be_added_twice_or_without_queries():
+    cache = Cache(layers=(filled_cache(None),), rotation_seed=jnp.uint32(0))
+    with pytest.raises(ValueError, match="query_centroid 'prompt' needs the prompt's queries"):
+        attention.add_codes(cache, RaBitQConfig(query_centroid="prompt"))
+    with pytest.raises(ValueError, match="multiple of interval 96, got 512"):
+        attention.add_codes(cache, RaBitQConfig(interval=96, dense_layers=0))
+    with pytest.raises(ValueError, match="cache has codes already"):
+        attention.add_codes(attention.add_codes(cache, RaBitQConfig(dense_layers=0)), RaBitQConfig(dense_layers=0))
 
 
 def test_a_second_prompt_continues_the_first():

@@ -31,6 +31,10 @@ def test_columns_are_orthonormal(head_dim, kind):
     np.testing.assert_allclose(matrix.T @ matrix, np.eye(head_dim), atol=2e-6)
 
 
+def test_none_is_the_identity():
+    np.testing.assert_array_equal(draw(0, 20, "none"), np.eye(32, 20))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_padded_dimensions_get_their_share(kind):
     """Every bit carries information: no row of P is (nearly) zero, as it would be if the code alone were padded."""

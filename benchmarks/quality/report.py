@@ -1,4 +1,4 @@
-"""Tables of results of `python -m benchmarks.quality`, in Markdown."""
+"""Tables of the measurements of quality, in Markdown."""
 
 from typing import Any
 
@@ -6,6 +6,18 @@ from typing import Any
 def table(content: dict[str, Any]) -> str:
     """One table a length: a line a way of decoding, a column a task, then what was read and captured."""
     return "\n\n".join(length_table(content, tokens) for tokens in sorted({row["tokens"] for row in content["rows"]}))
+
+
+def about_training(training: dict[str, Any]) -> str:
+    """Where the retrieval model comes from."""
+    last, stages = training["history"][-1], training["stages"]
+    lengths = ", ".join(f"{stage['tokens']:,}" for stage in stages)
+    return (
+        f"The model has {training['parameters'] / 1e6:.1f} million parameters and was trained from scratch in "
+        f"{last['seconds'] / 60:.0f} minutes ({last['step']:,} steps on texts of {lengths} bytes) on an "
+        f"{training['environment']['device']}, with `python -m benchmarks.quality.train`. In its last steps "
+        f"{last['right']:.1%} of the answers' bytes were right."
+    )
 
 
 def length_table(content: dict[str, Any], tokens: int) -> str:
