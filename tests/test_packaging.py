@@ -55,3 +55,21 @@ def test_readme_names_targets_that_exist():
     commands = set(re.findall(r"(?:^|`)\s*make ([a-z-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
     assert commands
     assert commands <= targets
+
+
+def test_the_retrieval_model_is_part_of_its_package():
+    files = {path.name for path in (ROOT / "models" / "retriever").iterdir()}
+    assert files == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    listed = subprocess.run(
+        ["git", "check-ignore", *(str(ROOT / "models" / "retriever" / name) for name in files)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    # Hatch packs what git does not ignore.
+    assert listed.stdout == ""

@@ -21,16 +21,21 @@ KEY = jax.random.key(0)
 CONFIG = RaBitQConfig(top_p=0.7, dense_layers=1, sink=4, recent=8, interval=32)
 
 
+SHAPE = TINY | {"vocab_size": 258, "max_position_embeddings": 2048, "head_dim": 32}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_model(folder, TINY | {"vocab_size": 258, "max_position_embeddings": 2048, "head_dim": 32})
+    """A whole checkpoint, of one layer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_model(folder, SHAPE | {"num_hidden_layers": 1})
     return write_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
-def model(folder):
-    return load(folder)
+def model(tmp_path_factory):
+    """Of two layers, the first of which attends densely under CONFIG."""
+    return load(write_model(tmp_path_factory.mktemp("model"), SHAPE))
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +95,13 @@ def test_error_of_the_logits_falls_with_a_centroid(model, known):
     assert 0 < errors[0] < errors[1]
 
 
+def test_prompts_are_read_again_for_a_mean_of_their_queries(model, known):
+    """As codes from the keys alone, but for the error that centring the queries takes away or adds."""
+    plain, centred = force(model, known, CONFIG, dataclasses.replace(CONFIG, query_centroid="prompt"))
+    errors = [run.probes.error[run.valid][:, 1].mean() for run in (plain, centred)]
+    assert errors[0] != errors[1] and errors[1] == pytest.approx(errors[0], rel=0.5)
+
+
 @pytest.mark.parametrize("config", [None, CONFIG], ids=["dense", "sparse"])
 def test_exact_texts_are_those_that_greedy_decoding_writes(model, config, known):
     prompts = [prompt[:120] for prompt in known.prompts]
@@ -121,13 +133,12 @@ def scripted(task: str, answer: str, score) -> Problem:
     return Problem(task=task, prompt=f"{task} text", answers=(answer,), max_new_tokens=5, stop=("\n",), score=score)
 
 
-def test_answers_are_those_of_generate_cut_at_the_stop(model, tokenizer):
-    seen = []
+def test_answers_are_those_of_generate_cut_at_the_stop(folder, tokenizer):
+    model, seen = load(folder), []
     problems = [scripted(f"t{i % 2}", "x", lambda reply: seen.append(reply) or float(len(reply) > 0)) for i in range(5)]
     advanced = []
-    dense, answered = evaluate.answer(
-        model, tokenizer, problems, [None, CONFIG], tokens=64, key=KEY, advance=advanced.append
-    )
+    configs = [None, dataclasses.replace(CONFIG, dense_layers=0)]
+    dense, answered = evaluate.answer(model, tokenizer, problems, configs, key=KEY, advance=advanced.append)
     assert [one.reply for one in dense + answered] == seen and sum(advanced) == 10
     out = generate(model, tokenizer.encode("t0 text"), None, max_new_tokens=5, key=KEY, eos_token_ids=())
     assert tokenizer.decode(out.tokens[0]).split("\n")[0] == dense[0].reply
@@ -176,11 +187,11 @@ def test_command_writes_results_tables_and_pictures(folder, tmp_path, monkeypatc
     monkeypatch.setattr("benchmarks.record.environment", lambda commit: {"commit": commit})
     monkeypatch.setattr(command, "TEXT_NEW_TOKENS", 4)
     arguments = ["--model", str(folder), "--tokens", "400", "--examples", "2", "--probes", "1", "--top-p", "0.8"]
-    arguments += ["--task", "single-number", "--task", "variables", "--dtype", "float32", "--set", "dense_layers=1"]
+    arguments += ["--task", "single-number", "--task", "variables", "--dtype", "float32", "--set", "dense_layers=0"]
     result = CliRunner().invoke(command.main, [*arguments, "--commit", "abc"], catch_exceptions=False)
     assert "| p = 0.8 |" in result.output
     content = json.loads((tmp_path / "quality.json").read_text())
-    assert content["settings"] == {"dense_layers": 1} and content["environment"] == {"commit": "abc"}
+    assert content["settings"] == {"dense_layers": 0} and content["environment"] == {"commit": "abc"}
     assert [(row["task"], row["top_p"]) for row in content["rows"]] == [
         ("single-number", None), ("variables", None), ("single-number", 0.8), ("variables", 0.8),
     ]  # fmt: skip

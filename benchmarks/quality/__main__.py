@@ -76,8 +76,7 @@ def main(
     with tqdm(total=total, desc="answers", unit="reply") as bar:
         for suite in suites:
             answered = answer(
-                decoder, tokenizer, suite.problems, configs,
-                tokens=suite.tokens, key=jax.random.key(0), chat=chat, advance=bar.update,
+                decoder, tokenizer, suite.problems, configs, key=jax.random.key(0), chat=chat, advance=bar.update
             )  # fmt: skip
             for config, replies in zip(configs, answered, strict=True):
                 shared = {"tokens": suite.tokens, "top_p": config and config.top_p}

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from benchmarks.quality.prefilled import prefill
+from benchmarks.quality.prefilled import Prefilled
 from benchmarks.quality.problem import Problem, cut_reply
 from benchmarks.quality.teacher_forcing import Pass, teacher_forced
 from models import Tokenizer
@@ -40,7 +40,6 @@ def answer(
     problems: Sequence[Problem],
     configs: Sequence[RaBitQConfig | None],
     *,
-    tokens: int,
     key: jax.Array,
     chat: bool = False,
     advance: Callable[[int], object] = lambda replies: None,
@@ -49,23 +48,24 @@ def answer(
 
     Args:
       configs: None decodes densely.
-      tokens: tokens that every prompt fits in.
       chat: send prompts as a user's message, by the checkpoint's chat template.
       advance: told the number of new replies, for a progress bar.
     """
     new_tokens = max(problem.max_new_tokens for problem in problems)
-    capacity = capacity_for(tokens + new_tokens, configs)
+    prompts = [encode(tokenizer, problem, chat=chat) for problem in problems]
+    longest = max(map(len, prompts))
+    capacity = capacity_for(longest + new_tokens, configs)
     ends = stop_tokens(tokenizer, problems)
     answered: list[list[Answered]] = [[] for _ in configs]
-    for first, part in batches(problems, tokens):
-        prefilled = prefill(model, [encode(tokenizer, problem, chat=chat) for problem in part], capacity)
+    for first, part in batches(list(zip(problems, prompts, strict=True)), longest):
+        prefilled = Prefilled(model, [prompt for _, prompt in part], capacity)
         new = min(len(problems) - first, len(part))
         for replies, config in zip(answered, configs, strict=True):
             out = generate(
                 model, prefilled.last[:, None], config, max_new_tokens=new_tokens, cache=prefilled.start(config),
                 key=jax.random.fold_in(key, first), eos_token_ids=ends,
             )  # fmt: skip
-            replies += [_answered(tokenizer, problem, out, i) for i, problem in enumerate(part[:new])]
+            replies += [_answered(tokenizer, problem, out, i) for i, (problem, _) in enumerate(part[:new])]
             advance(new)
     return answered
 
@@ -189,18 +189,15 @@ def probe(
     with tqdm(total=total, desc="probes", unit="pass", disable=not progress) as bar:
         for first, part in batches(pairs, tokens):
             prompts, texts = [prompt for prompt, _ in part], [text for _, text in part]
-            shared = prefill(model, prompts, capacity)
+            prefilled = Prefilled(model, prompts, capacity)
             # Texts that only fill the batch up count for nothing.
             real = np.arange(len(part)) < len(pairs) - first
             for done, config in zip(passes, configs, strict=True):
-                # A centroid of the prompt's queries can only be had by reading the prompt under its configuration.
-                own = config is not None and config.query_centroid == "prompt"
-                prefilled = prefill(model, prompts, capacity, config) if own else shared
-                cache = prefilled.start(None if own else config)
                 # All texts in as many steps as the longest has, so that one program serves every batch.
                 run = teacher_forced(
-                    model, cache, prefilled.last, texts, config, steps=longest, key=jax.random.fold_in(key, first)
-                )
+                    model, prefilled.start(config), prefilled.last, texts, config,
+                    steps=longest, key=jax.random.fold_in(key, first),
+                )  # fmt: skip
                 done.append(dataclasses.replace(run, valid=run.valid & real[:, None]))
                 bar.update()
     return passes

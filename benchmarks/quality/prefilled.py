@@ -1,6 +1,5 @@
-"""Prompts that have been read once, to be continued in several ways."""
+"""Prompts that are read once and continued in several ways."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -12,29 +11,34 @@ from rabitq_jax.decoding import ModelDefinition
 from rabitq_jax.generation import Decoder, feed_prompts
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Prefilled:
-    """A batch of prompts in a dense cache, but for the last token of each (int32 [B]), which is still to be fed."""
+    """A batch of prompts in a cache, but for the last token of each (int32 [B]), which is still to be fed.
 
-    cache: Cache
-    last: np.ndarray
+    Args:
+      prompts: token ids of any lengths of at least two.
+      capacity: of the caches; see `rabitq_jax.round_capacity`.
+    """
+
+    def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], capacity: int):
+        self._model, self._capacity = model, capacity
+        self._before = [np.asarray(prompt[:-1], np.int32) for prompt in prompts]
+        self._dense = self._read(None)
+        self.last = np.array([prompt[-1] for prompt in prompts], np.int32)
 
     def start(self, config: RaBitQConfig | None) -> Cache:
-        """A cache of its own, with the codes of a configuration; None is dense."""
-        cache = (
-            self.cache if config is None else jax.jit(add_codes, static_argnames="config")(self.cache, config=config)
-        )
+        """A cache of its own under a configuration; None is dense."""
+        if config is not None and config.query_centroid == "prompt":
+            # A mean of the prompt's queries can only be had by reading the prompt again.
+            return self._read(config)
+        cache = self._dense if config is None else _add_codes(self._dense, config=config)
         return jax.tree.map(jnp.copy, cache)
 
+    def _read(self, config: RaBitQConfig | None) -> Cache:
+        model, batch = self._model, len(self._before)
+        cache = init_cache(model.config, batch, self._capacity, config, dtype=model.dtype)
+        definition, params = ModelDefinition.split(model)
+        hidden, nothing = jnp.zeros((batch, model.config.hidden_size), model.dtype), np.zeros(batch, np.int32)
+        return feed_prompts(definition, params, cache, hidden, self._before, nothing, config=config)[0]
 
-def prefill(
-    model: Decoder, prompts: Sequence[Sequence[int]], capacity: int, config: RaBitQConfig | None = None
-) -> Prefilled:
-    """Read prompts, of any lengths of at least two tokens. Under a config the cache has its codes, for it alone."""
-    before = [np.asarray(prompt[:-1], np.int32) for prompt in prompts]
-    cache = init_cache(model.config, len(prompts), capacity, config, dtype=model.dtype)
-    definition, params = ModelDefinition.split(model)
-    hidden = jnp.zeros((len(prompts), model.config.hidden_size), model.dtype)
-    nothing = np.zeros(len(prompts), np.int32)
-    cache, _ = feed_prompts(definition, params, cache, hidden, before, nothing, config=config)
-    return Prefilled(cache=cache, last=np.array([prompt[-1] for prompt in prompts], np.int32))
+
+_add_codes = jax.jit(add_codes, static_argnames="config")
