@@ -81,10 +81,11 @@ def main(
             for config, replies in zip(configs, answered, strict=True):
                 shared = {"tokens": suite.tokens, "top_p": config and config.top_p}
                 content["rows"] += [shared | row for row in summarize(replies)]
+            # As soon as it is known, so that it is kept if what follows fails.
+            path = write_result(f"{name}.json", content, commit=commit)
             if suite.known and not chat and suite.tokens in (probe_tokens or tokens):
                 content["probes"] += probe_suite(decoder, tokenizer, suite, configs, probes)
-            # After each length, so that what is there is kept if a later one fails.
-            path = write_result(f"{name}.json", content, commit=commit)
+                path = write_result(f"{name}.json", content, commit=commit)
     path.with_suffix(".md").write_text(table(content) + "\n", encoding="utf-8")
     plots.draw(content, RESULTS, name)
     click.echo(table(content))
@@ -143,7 +144,7 @@ def probe_suite(decoder, tokenizer, suite: Suite, configs, probes: int) -> list[
     }
     rows = []
     for name, known in sets.items():
-        passes = probe(decoder, known, configs, key=jax.random.key(1))
+        passes = probe(decoder, known, configs, key=jax.random.key(1), progress=True)
         for config, run in zip(configs, passes, strict=True):
             row = compare(run, passes[configs.index(None)])
             rows.append({"tokens": suite.tokens, "texts": name, "top_p": config and config.top_p, **row})
