@@ -10,6 +10,8 @@ from pathlib import Path
 import click
 import jax
 
+from rabitq_jax._dispatch import on_gpu
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -44,6 +46,22 @@ def write_result(name: str, content: dict, *, commit: str) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / name
     path.write_text(json.dumps({"environment": environment(commit), **content}, indent=1) + "\n")
+    return path
+
+
+def write_row(name: str, row: dict, *, commit: str) -> Path:
+    """Put a row, with its environment, into a JSON list, in place of the row of the same case and implementation.
+
+    A file describes one state of the code on one device: rows of another device, JAX or commit go. What no GPU has
+    measured is kept apart, in results/cpu, which git ignores.
+    """
+    path = (RESULTS if on_gpu() else RESULTS / "cpu") / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = environment(commit) | row
+    rows = json.loads(path.read_text()) if path.exists() else []
+    agrees = lambda other, *keys: all(other.get(key) == row.get(key) for key in keys)  # noqa: E731
+    rows = [old for old in rows if agrees(old, "device", "jax", "commit") and not agrees(old, "case", "implementation")]
+    path.write_text(json.dumps([*rows, row], indent=1) + "\n")
     return path
 
 

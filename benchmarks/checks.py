@@ -1,0 +1,44 @@
+"""What must hold before anything is timed."""
+
+import jax
+import jax.numpy as jnp
+
+from rabitq_jax.top_p import Selection
+
+
+def check(name: str, error: float, tolerance: float) -> float:
+    """The error, if it is small enough for times to mean anything.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not error <= tolerance:
+        raise ValueError(f"error of {name} must be at most {tolerance:g} for it to be timed, got {error:g}")
+    return error
+
+
+def relative_error(got: jax.Array, want: jax.Array) -> float:
+    """Largest difference, over the largest number that is wanted."""
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    return float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want)))
+
+
+def attended(indices: jax.Array, counts: jax.Array) -> jax.Array:
+    """bool [B,K,T], True for the tokens in lists int32 [B,K,T] of `counts` int32 [B,K] tokens each."""
+    batch, kv_heads, tokens = indices.shape
+    index = jnp.where(jnp.arange(tokens) < counts[..., None], indices, tokens)
+    rows = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
+    return jnp.zeros(indices.shape, bool).at[*rows, index].set(True, mode="drop")
+
+
+def check_superset(selection: Selection, reference: Selection) -> float:
+    """How many tokens more than the definition's are kept, as a share of those.
+
+    Raises:
+      ValueError: more than one in a thousand of the definition's tokens is missing. Fewer may be: scores that differ in
+        their last bit can fall on the two sides of a threshold.
+    """
+    got, want = (attended(chosen.indices, chosen.counts) for chosen in (selection, reference))
+    total = int(want.sum())
+    check("selection (share of tokens missing)", int((want & ~got).sum()) / total, 1e-3)
+    return int(selection.counts.sum()) / total - 1

@@ -1,0 +1,107 @@
+"""Time of one layer's decode step, all of its parts together.
+
+    python -m benchmarks.decode_attention --suite context      # writes benchmarks/results/decode_attention.json
+
+Kernel time is that of choosing the tokens, from the query on, and of attending to them. Wall time is that of
+`attention.decode`, which appends the new token and quantizes besides; the dense baselines only attend.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import byte_counts, timing
+from benchmarks.checks import check, check_superset, relative_error
+from benchmarks.dense import dense_baselines
+from benchmarks.gathered_attention import TOLERANCE
+from benchmarks.planting import ROUNDING_KEY, kept_facts, planted_case, select
+from benchmarks.shapes import Case
+from benchmarks.suite import command, weighed
+from rabitq_jax import RaBitQConfig, attention
+from rabitq_jax._dispatch import on_gpu
+from rabitq_jax.cache import LayerCache
+from rabitq_jax.codes import update_codes
+from rabitq_jax.gathered_attention import gathered_attention
+
+
+def measure(case: Case, config: RaBitQConfig, bandwidth: float) -> Iterator[dict]:
+    query, cache = planted_case(case, config)
+    attend = jax.jit(lambda query, cache: attend_once(query, cache, config))
+    selection = select(query, cache, config)
+    reference = dataclasses.replace(config, scores="xla", select="xla", attend="xla")
+    overshoot = check_superset(selection, select(query, cache, reference))
+    want = gathered_attention(
+        query, cache.keys, cache.values, selection.indices, selection.counts,
+        softmax_scale=case.shape.head_dim**-0.5, implementation="xla",
+    )  # fmt: skip
+    error = check("decode attention", relative_error(attend(query, cache), want), TOLERANCE)
+    facts = kept_facts(query, cache, selection)
+    dense = dense_baselines(query, cache, bandwidth)
+    moved = byte_counts.decode_bytes(cache, config.sink, int(selection.counts.sum()))
+    kernel, kernels = timing.kernel_times(attend, query, cache)
+    quantizing = quantization(cache, config, kernel.median)
+    wall = decode_wall(query, cache, config)
+    yield {
+        "implementation": "kernels" if on_gpu() else "xla",
+        "error": error,
+        "overshoot": overshoot,
+        **facts,
+        "timer": timing.timer(),
+        "kernel_us": dataclasses.asdict(kernel),
+        "wall_us": dataclasses.asdict(wall),
+        "kernels_us": kernels,
+        **weighed(moved, bandwidth, kernel.median),
+        "quantization": quantizing,
+        "dense": dense,
+    }
+
+
+def attend_once(query: jax.Array, cache: LayerCache, config: RaBitQConfig) -> jax.Array:
+    """Attention of a decode step whose token is in the cache already."""
+    key = jax.random.key(ROUNDING_KEY)
+    return attention.attend_selected(query, cache, config, query.shape[-1] ** -0.5, key)[0]
+
+
+def decode_wall(query: jax.Array, cache: LayerCache, config: RaBitQConfig) -> timing.Times:
+    """Wall time of `attention.decode` in a chain of steps. It uses the cache up."""
+    batch, kv_heads, group, head_dim = query.shape
+    new = jax.random.normal(jax.random.key(1), (2, batch, kv_heads, head_dim), query.dtype)
+
+    def step(i, state, new):
+        query, cache = state
+        key = jax.random.fold_in(jax.random.key(ROUNDING_KEY), i)
+        out, cache, _ = attention.decode(query, *new, cache, config, prng_key=key)
+        return timing.after(query, out), cache
+
+    flat = query.reshape(batch, kv_heads * group, head_dim)
+    return timing.step_times(step, (flat, cache), new)[0]
+
+
+def quantization(cache: LayerCache, config: RaBitQConfig, step_us: float) -> dict[str, float]:
+    """Kernel time of the lazy update, in microseconds, in a step that quantizes nothing and in one that quantizes a
+    block; and its mean over an interval, as a share of the step's."""
+
+    @jax.jit
+    def update(cache, blocks):
+        first = cache.quantized // config.interval - 1
+        return update_codes(
+            cache.keys, cache.codes, first, first + blocks,
+            interval=config.interval, max_blocks=1, implementation=config.quantize,
+        )  # fmt: skip
+
+    def microseconds(blocks: int) -> float:
+        times, kernels = timing.kernel_times(update, cache, jnp.int32(blocks))
+        # Here, and not in a step, which reuses its buffers, the codes are copied first.
+        return sum(us for name, us in kernels.items() if "quantize_keys" in name) if on_gpu() else times.median
+
+    idle, block = microseconds(0), microseconds(1)
+    mean = idle + (block - idle) / config.interval
+    return {"idle_us": idle, "block_us": block, "share_of_step": mean / step_us}
+
+
+main = command("decode_attention", measure, __doc__)
+
+if __name__ == "__main__":
+    main()

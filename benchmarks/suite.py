@@ -1,0 +1,80 @@
+"""What the benchmarks of an operation have in common: their command line, and a row's times and bytes."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import click
+import jax
+
+from benchmarks import timing
+from benchmarks.record import commit_option, write_row
+from benchmarks.shapes import SUITES, Case
+from rabitq_jax import RaBitQConfig
+from rabitq_jax._dispatch import on_gpu
+
+# measure(case, config, bandwidth in bytes a second) gives the rows of a case, one an implementation.
+Measure = Callable[[Case, RaBitQConfig, float], Iterable[dict]]
+
+
+def command(operation: str, measure: Measure, about: str) -> click.Command:
+    """The command that measures cases and writes results/`operation`.json, row by row."""
+
+    @click.command(name=operation, help=about.split("\n")[0])
+    @click.option("--suite", "suites", multiple=True, type=click.Choice(list(SUITES)), help="Cases; may be repeated.")
+    @click.option("--tokens", multiple=True, type=int, help="Only the cases of this capacity; may be repeated.")
+    @click.option("--top-p", default=0.95, show_default=True, help="Share of the attention mass to keep.")
+    @commit_option
+    def main(suites: tuple[str, ...], tokens: tuple[int, ...], top_p: float, commit: str) -> None:
+        announce_device()
+        suites = suites or ("context" if on_gpu() else "small",)
+        cases = [case for suite in suites for case in SUITES[suite] if not tokens or case.shape.tokens in tokens]
+        bandwidth = timing.bandwidth()
+        for case in cases:
+            for row in measure(case, RaBitQConfig(top_p=top_p), bandwidth):
+                row = {"case": case.name, "shape": str(case.shape), "top_p": top_p} | row
+                write_row(f"{operation}.json", row, commit=commit)
+                click.echo(summary(row))
+
+    return main
+
+
+def announce_device() -> None:
+    """Say what the numbers are worth, where they are worth little."""
+    if not on_gpu():
+        click.echo(
+            "No GPU: small shapes on the CPU, timed by the clock. They show that the benchmark works, and no speed."
+        )
+
+
+def timed(function: Callable, first: jax.Array, *args) -> dict:
+    """Kernel and wall times of `function(first, *args)`, jitted; `first` is as in `timing.wall_times`."""
+    kernel, kernels = timing.kernel_times(function, first, *args)
+    wall = timing.wall_times(function, first, *args)
+    return {
+        "timer": timing.timer(),
+        "kernel_us": dataclasses.asdict(kernel),
+        "wall_us": dataclasses.asdict(wall),
+        "kernels_us": kernels,
+    }
+
+
+def weighed(bytes_moved: float, bandwidth: float, microseconds: float) -> dict:
+    """Time against the bytes that must be moved, at the bandwidth in bytes a second that was measured beside it."""
+    floor = 1e6 * bytes_moved / bandwidth
+    return {
+        "bytes": bytes_moved,
+        "bandwidth_tb_per_s": bandwidth / 1e12,
+        "tb_per_s": bytes_moved / microseconds / 1e6,
+        "floor_us": floor,
+        "share_of_floor": floor / microseconds,
+    }
+
+
+def summary(row: dict) -> str:
+    """A row in a line."""
+    dense = "  ".join(f"{name} {times['kernel_us']['median']:.1f}" for name, times in row["dense"].items())
+    return (
+        f"{row['case']} ({row['implementation']}): {row['timer']} {row['kernel_us']['median']:.1f} us, "
+        f"{row['share_of_floor']:.0%} of the floor's {row['floor_us']:.1f}; wall {row['wall_us']['median']:.1f}; "
+        f"dense {dense}; kept {row['kept']:.2%}, which holds {row['true_mass']:.1%}"
+    )
