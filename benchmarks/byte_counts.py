@@ -4,6 +4,10 @@ K kv heads of G query heads, D dimensions, W words of code. Queries, outputs and
 do not grow with the context.
 """
 
+import jax
+from flax import nnx
+
+from models import Llama
 from rabitq_jax.cache import LayerCache
 
 INDEX = 4
@@ -39,3 +43,9 @@ def attention_bytes(cache: LayerCache, kept: int) -> float:
 def decode_bytes(cache: LayerCache, sink: int, kept: int) -> float:
     """A whole attention: all codes once, and the kept tokens' keys and values once."""
     return code_bytes(cache, sink) + attention_bytes(cache, kept)
+
+
+def weight_bytes(model: Llama) -> int:
+    """Weights that one token reads: all, but of an embedding that is no output head a row, which is left out."""
+    read = sum(parameter.nbytes for parameter in jax.tree.leaves(nnx.state(model)))
+    return read if model.config.tie_embeddings else read - model.embed_tokens.weight[...].nbytes

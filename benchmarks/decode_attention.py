@@ -10,19 +10,18 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks import byte_counts, timing
 from benchmarks.checks import check, check_superset, relative_error
 from benchmarks.dense import dense_baselines
 from benchmarks.gathered_attention import TOLERANCE
 from benchmarks.planting import ROUNDING_KEY, kept_facts, planted_case, select
+from benchmarks.quantizing import quantizing_us
 from benchmarks.shapes import Case
 from benchmarks.suite import command, weighed
 from rabitq_jax import RaBitQConfig, attention
 from rabitq_jax._dispatch import on_gpu
 from rabitq_jax.cache import LayerCache
-from rabitq_jax.codes import update_codes
 from rabitq_jax.gathered_attention import gathered_attention
 
 
@@ -80,23 +79,10 @@ def decode_wall(query: jax.Array, cache: LayerCache, config: RaBitQConfig) -> ti
 
 
 def quantization(cache: LayerCache, config: RaBitQConfig, step_us: float) -> dict[str, float]:
-    """Kernel time of the lazy update, in microseconds, in a step that quantizes nothing and in one that quantizes a
-    block; and its mean over an interval, as a share of the step's."""
-
-    @jax.jit
-    def update(cache, blocks):
-        first = cache.quantized // config.interval - 1
-        return update_codes(
-            cache.keys, cache.codes, first, first + blocks,
-            interval=config.interval, max_blocks=1, implementation=config.quantize,
-        )  # fmt: skip
-
-    def microseconds(blocks: int) -> float:
-        times, kernels = timing.kernel_times(update, cache, jnp.int32(blocks))
-        # Here, and not in a step, which reuses its buffers, the codes are copied first.
-        return sum(us for name, us in kernels.items() if "quantize_keys" in name) if on_gpu() else times.median
-
-    idle, block = microseconds(0), microseconds(1)
+    """The lazy update: kernel time of a step that quantizes nothing and of one that quantizes a block, in microseconds,
+    and their mean over an interval as a share of the step's."""
+    last = cache.quantized // config.interval - 1
+    idle, block = (quantizing_us(cache, config, last, last + blocks, max_blocks=1) for blocks in (0, 1))
     mean = idle + (block - idle) / config.interval
     return {"idle_us": idle, "block_us": block, "share_of_step": mean / step_us}
 

@@ -44,6 +44,18 @@ SHAPES = {
         rope=RopeConfig(kind="llama3", theta=500000.0, factor=32.0, original_max_position=8192),
         tie_embeddings=True,
     ),
+    "llama-3.1-8b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        mlp_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        norm_eps=1e-5,
+        max_position=131072,
+        rope=RopeConfig(kind="llama3", theta=500000.0, factor=8.0, original_max_position=8192),
+    ),
 }
 
 

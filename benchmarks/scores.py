@@ -60,7 +60,7 @@ def measure(case: Case, config: RaBitQConfig, bandwidth: float) -> Iterator[dict
 
 
 def score_inputs(query: jax.Array, cache: LayerCache, config: RaBitQConfig) -> tuple:
-    """What `scores_by` takes: gain, levels, bits, scale, bias, shift, base, quantized length."""
+    """What `scores_by` takes: levels, gain, bits, scale, bias, shift, base, quantized length."""
     codes = cache.codes
     assert codes is not None
     softmax_scale = query.shape[-1] ** -0.5
@@ -68,13 +68,13 @@ def score_inputs(query: jax.Array, cache: LayerCache, config: RaBitQConfig) -> t
     shift = centroid_shift(query, codes, softmax_scale)
     gain = quantized.step * softmax_scale
     base = likely_peak(quantized, gain, codes, softmax_scale, shift, config.sink, cache.quantized)
-    return gain, quantized.levels, codes.bits, codes.scale, codes.bias, shift, base, cache.quantized
+    return quantized.levels, gain, codes.bits, codes.scale, codes.bias, shift, base, cache.quantized
 
 
 def scores_by(name: str, config: RaBitQConfig):
     """An implementation by name, a function of `score_inputs`."""
 
-    def run(gain, levels, bits, scale, bias, shift, base, length):
+    def run(levels, gain, bits, scale, bias, shift, base, length):
         # Gain is step times softmax scale; the scale alone multiplies a bias, which these codes have not.
         front = levels, bits, gain, scale, bias, 1.0, shift
         if name == "bins":

@@ -47,7 +47,7 @@ def announce_device() -> None:
 
 
 def timed(function: Callable, first: jax.Array, *args) -> dict:
-    """Kernel and wall times of `function(first, *args)`, jitted; `first` is as in `timing.wall_times`."""
+    """Kernel and wall times of `function(first, *args)`, jitted; see `timing.wall_times`."""
     kernel, kernels = timing.kernel_times(function, first, *args)
     wall = timing.wall_times(function, first, *args)
     return {

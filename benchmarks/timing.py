@@ -125,15 +125,15 @@ def step_times(step: Callable, state, *constants, steps: int | None = None) -> t
 
 
 def after(array: jax.Array, result) -> jax.Array:
-    """`array`, which is floating, known only once all arrays of `result` are: steps through it cannot overlap."""
+    """`array`, known only once all arrays of `result` are: steps through it cannot overlap."""
     # Without the barrier XLA computes nothing but the one element of each.
     leaves = jax.lax.optimization_barrier(jax.tree.leaves(result))
     probe = sum(leaf.ravel()[0].astype(jnp.float32) for leaf in leaves)
-    return jnp.where(jnp.isnan(probe), 0, array)
+    return jnp.where(jnp.isnan(probe), jnp.zeros_like(array), array)
 
 
 def wall_times(function: Callable, first: jax.Array, *args) -> Times:
-    """Wall time of `function(first, *args)` in a chain of calls; `first` is a floating array, through which it goes."""
+    """Wall time of `function(first, *args)` in a chain of calls that goes through its first argument."""
     step = lambda _, first, *args: after(first, function(first, *args))  # noqa: E731
     return step_times(step, jnp.copy(first), *args)[0]
 
