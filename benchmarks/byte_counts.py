@@ -47,5 +47,6 @@ def decode_bytes(cache: LayerCache, sink: int, kept: int) -> float:
 
 def weight_bytes(model: Llama) -> int:
     """Weights that one token reads: all, but of an embedding that is no output head a row, which is left out."""
-    read = sum(parameter.nbytes for parameter in jax.tree.leaves(nnx.state(model)))
-    return read if model.config.tie_embeddings else read - model.embed_tokens.weight[...].nbytes
+    size = lambda weight: weight.size * weight.dtype.itemsize  # noqa: E731
+    read = sum(size(weight) for weight in jax.tree.leaves(nnx.state(model)))
+    return read if model.config.tie_embeddings else read - size(model.embed_tokens.weight.get_value())

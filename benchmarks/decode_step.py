@@ -27,6 +27,7 @@ from rabitq_jax._dispatch import on_gpu
 from rabitq_jax.decoding import DecodeState, ModelDefinition, decode_steps, start_decoding
 
 STEPS = 10
+CHECKED_MODEL = dataclasses.replace(SHAPES["demo"], num_layers=3)
 
 
 def measure(model: Llama, config: RaBitQConfig, bandwidth: float, *, batch: int, tokens: int, share: float) -> dict:
@@ -143,7 +144,7 @@ def rest_times(definition, params, state: DecodeState, num_layers: int) -> timin
 
 def check_against_dense(config: RaBitQConfig) -> float:
     """Error of a step of a small model at p = 1, in its last layer's new keys, against the dense step."""
-    model = Llama(SHAPES["demo"], rngs=nnx.Rngs(0))
+    model = Llama(CHECKED_MODEL, rngs=nnx.Rngs(0))
     definition, params = ModelDefinition.split(model)
     state, _ = planted_state(model, config, batch=1, tokens=1024, share=0.25)
     slot = int(state.cache.length[0])

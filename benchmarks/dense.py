@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from benchmarks.checks import check, relative_error
 from benchmarks.suite import timed, weighed
 from rabitq_jax._dispatch import on_gpu
 from rabitq_jax.cache import LayerCache
@@ -32,6 +33,9 @@ def dense_baselines(query: jax.Array, cache: LayerCache, bandwidth: float) -> di
         keys, values = (jnp.copy(x[:, :, :longest].transpose(0, 2, 1, 3)) for x in (cache.keys, cache.values))
         length = None if int(cache.length.min()) == longest else cache.length
         flat = query.reshape(batch, 1, kv_heads * group, head_dim)
-        times["cudnn"] = timed(jax.jit(cudnn_attention), flat, keys, values, length)
+        cudnn = jax.jit(cudnn_attention)
+        want = xla(query, cache.keys, cache.values, cache.length)
+        check("cuDNN", relative_error(cudnn(flat, keys, values, length).reshape(want.shape), want), 0.02)
+        times["cudnn"] = timed(cudnn, flat, keys, values, length)
     moved = 2 * kv_heads * head_dim * cache.keys.dtype.itemsize * int(cache.length.sum())
     return {name: found | weighed(moved, bandwidth, found["kernel_us"]["median"]) for name, found in times.items()}

@@ -22,6 +22,8 @@ from rabitq_jax.top_p import Selection
 HEAVY_MASS = 0.995
 # Standard deviation of the coordinates of every key, beside what makes some heavy.
 KEY_DEVIATION = 0.5
+# Planted for each query at the least: one without a heavy token keeps nearly all of them.
+LEAST_HEAVY = 16
 ROUNDS = 5
 ROUNDING_KEY = 7
 
@@ -90,20 +92,22 @@ def planted_cache(
 
     Args:
       query: [B,K,G,D].
-      share: float32 [B], of the tokens held; where sinks and window are more than that, hardly any other is kept.
+      share: float32 [B], of the tokens held; where sinks, window and `LEAST_HEAVY` tokens a query are more, those are
+        kept.
       length: int32 [B].
       tokens: T, the capacity.
       config: decides what is kept; None makes a cache without codes, of which the share is heavy.
     """
     if config is None:
         return _fill(prng_key, query, share, length, tokens=tokens, config=None)
-    heavy = share
+    fewest = LEAST_HEAVY * query.shape[2] / length
+    heavy = jnp.maximum(share, fewest)
     for _ in range(ROUNDS):
         cache = _fill(prng_key, query, heavy, length, tokens=tokens, config=config)
         exact = length - jnp.maximum(cache.quantized - config.sink, 0)
         kept = jnp.mean(select(query, cache, config).counts, axis=1)
         heavy = heavy * jnp.maximum(share * length - exact, 1) / jnp.maximum(kept - exact, 1)
-        heavy = jnp.clip(heavy, 1 / tokens, 0.9)
+        heavy = jnp.clip(heavy, fewest, 0.9)
     return _fill(prng_key, query, heavy, length, tokens=tokens, config=config)
 
 

@@ -1,6 +1,6 @@
-"""The tables and the pictures of README.md, from the files in benchmarks/results alone.
+"""The tables and the pictures of README.md and benchmarks/README.md, from the files in benchmarks/results alone.
 
-python -m benchmarks.report          # rewrites README.md between its markers, and the pictures in results/
+python -m benchmarks.report          # rewrites both between their markers, and the pictures in results/
 """
 
 import json
@@ -9,39 +9,84 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from benchmarks import speed_report
 from benchmarks.quality.report import about_training, table
 from benchmarks.record import RESULTS
+from benchmarks.speed_report import thousands
 
-README = Path(__file__).parent.parent / "README.md"
+PAGES = (Path(__file__).parent.parent / "README.md", Path(__file__).parent / "README.md")
+OPERATIONS = ("scores", "top_p", "gathered_attention")
 
 
 def main() -> None:
     # An extra: the tables need no plotting library.
+    from benchmarks import speed_plots
     from benchmarks.quality import plots
 
     plot_decode(read("decode.json"), RESULTS / "decode.png")
-    plots.draw(read("quality.json"), RESULTS, "quality")
+    if has("decode_attention.json"):
+        speed_plots.draw(read("decode_attention.json"), RESULTS / "decode_attention.png")
+    if has("quality.json"):
+        plots.draw(read("quality.json"), RESULTS, "quality")
     plots.save(plots.draw_training(read("training.json")), RESULTS / "training.png")
-    README.write_text(rewritten(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(rewritten(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def rewritten(readme: str) -> str:
-    """The README with the parts between its markers made anew."""
-    decode, generate = read("decode.json"), read("generate.json")
-    sections = {
-        "headline": headline(decode),
-        "demo": f"```\n{(RESULTS / 'demo.txt').read_text(encoding='utf-8').rstrip()}\n```",
-        "results": results(decode, generate),
-        "quality": quality(read("quality.json"), read("training.json")),
-    }
-    for marker, content in sections.items():
+def rewritten(page: str) -> str:
+    """The page with the parts between its markers made anew, where there are results to make them of."""
+    for marker, content in sections().items():
         block = f"<!-- {marker} -->\n{content}\n<!-- /{marker} -->"
         pattern = rf"<!-- {marker} -->.*?<!-- /{marker} -->"
-        readme = re.sub(pattern, lambda _, block=block: block, readme, flags=re.DOTALL)
-    return readme
+        page = re.sub(pattern, lambda _, block=block: block, page, flags=re.DOTALL)
+    return page
 
 
-def read(name: str) -> dict[str, Any]:
+def sections() -> dict[str, str]:
+    """What stands between the markers of each name."""
+    made = {"headline": headline(read("decode.json")), "results": results()}
+    if has("decode_attention.json"):
+        made["headline"] = paragraph(speed_report.decode_headline(read("decode_attention.json")))
+    if has("demo.txt"):
+        made["demo"] = f"```\n{(RESULTS / 'demo.txt').read_text(encoding='utf-8').rstrip()}\n```"
+    if has("quality.json"):
+        made["quality"] = quality(read("quality.json"), read("training.json"))
+    measured = [name for name in OPERATIONS if has(f"{name}.json")]
+    if measured:
+        made["operations"] = "\n\n".join(part(speed_report.operation(read(f"{name}.json"), name)) for name in measured)
+    return made
+
+
+def results() -> str:
+    """The speed of a layer's decode step and of whole models."""
+    if has("decode_attention.json"):
+        layer = part(speed_report.decode_attention(read("decode_attention.json"))) + picture("decode_attention.png")
+    else:
+        layer = decode_table(read("decode.json"))
+    parts = [layer]
+    if has("decode_step.json"):
+        parts.append(part(speed_report.decode_step(read("decode_step.json"))))
+    if has("prefill.json"):
+        parts.append(part(speed_report.prefill(read("prefill.json"))))
+    return "\n\n".join([*parts, generate_table(read("generate.json"))])
+
+
+def part(made: tuple[str, list[str]]) -> str:
+    """A paragraph and the table below it."""
+    about, lines = made
+    return "\n".join([paragraph(about), "", *lines])
+
+
+def picture(name: str) -> str:
+    text = "Time against the length of the context, time by stage, and the share of the byte floor"
+    return f"\n\n![{text}](benchmarks/results/{name})"
+
+
+def has(name: str) -> bool:
+    return (RESULTS / name).exists()
+
+
+def read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
@@ -66,7 +111,7 @@ def headline(decode: dict[str, Any]) -> str:
     )
 
 
-def results(decode: dict[str, Any], generate: dict[str, Any]) -> str:
+def decode_table(decode: dict[str, Any]) -> str:
     about_decode = (
         "**One decode step of one layer**: 32 query heads, 8 kv heads, 128 dimensions, bfloat16, "
         f"p = {decode['top_p']:g}; random keys, and queries whose logits deviate by {decode['sharpness']:g} nats "
@@ -86,16 +131,18 @@ def results(decode: dict[str, Any], generate: dict[str, Any]) -> str:
             f"| {batch} | {thousands(tokens)} | {row['dense_us']:.0f} | {row['cudnn_us']:.0f} | {row['rabitq_us']:.0f} "
             f"| {best_dense(row) / row['rabitq_us']:.2f} | {row['kept']:.1%} | {row['bytes_read']:.1%} |"
         )
+    lines += ["", "![Time of a decode step against the length of the context](benchmarks/results/decode.png)"]
+    return "\n".join(lines)
+
+
+def generate_table(generate: dict[str, Any]) -> str:
     model = generate["model"]
     about_generate = (
         f"**A whole model**: Llama-3.2-1B's shape ({model['num_layers']} layers, {model['num_kv_heads']} kv heads of "
         f"{model['head_dim']} dimensions) with random weights, {generate['prompt_tokens']:,} prompt tokens, "
         f"{generate['new_tokens']} new ones, batch 1, {generate['dtype']} ({provenance(generate, 'generate.json')}):"
     )
-    lines += [
-        "",
-        "![Time of a decode step against the length of the context](benchmarks/results/decode.png)",
-        "",
+    lines = [
         paragraph(about_generate),
         "",
         "| decoding | prefill, tokens/s | decode, tokens/s | tokens attended | bytes of the cache read |",
@@ -132,10 +179,6 @@ def quality(measured: dict[str, Any], training: dict[str, Any]) -> str:
 def paragraph(text: str) -> str:
     """Text in lines of up to 120 characters."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
-
-
-def thousands(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens < 1 << 20 else f"{tokens >> 20}M"
 
 
 def provenance(result: dict[str, Any], name: str) -> str:
