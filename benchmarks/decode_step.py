@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks import byte_counts, timing
+from benchmarks import timing
+from benchmarks.byte_counts import attention_bytes, code_bytes, weight_bytes
 from benchmarks.checks import check, relative_error
 from benchmarks.make_checkpoint import SHAPES
 from benchmarks.planting import ROUNDING_KEY, kept_facts, planted_cache, select
@@ -27,53 +28,54 @@ from rabitq_jax._dispatch import on_gpu
 from rabitq_jax.decoding import DecodeState, ModelDefinition, decode_steps, start_decoding
 
 STEPS = 10
-CHECKED_MODEL = dataclasses.replace(SHAPES["demo"], num_layers=3)
+CHECKED_MODEL = dataclasses.replace(SHAPES["demo"], num_layers=2)
 
 
 def measure(model: Llama, config: RaBitQConfig, bandwidth: float, *, batch: int, tokens: int, share: float) -> dict:
     definition, params = ModelDefinition.split(model)
-    state, facts = planted_state(model, config, batch=batch, tokens=tokens, share=share)
-    # Kept is what the timed step keeps: its queries differ in their last bits from those that were planted for.
-    moved = byte_counts.weight_bytes(model)
+    state, masses = planted_state(model, config, batch=batch, tokens=tokens, share=share)
     sparse, state = step_times(definition, params, state, config)
-    kept = state.stats.kept[:, 0]
-    for layer, counts in zip(state.cache.layers, jnp.moveaxis(kept, 1, 0), strict=True):
-        moved += byte_counts.attention_bytes(layer, int(counts.sum()))
-        moved += 0 if layer.codes is None else byte_counts.code_bytes(layer, config.sink)
     check("the model (outputs that are not finite)", 1 - float(state.finite.mean()), 0)
-    coded = kept[:, config.dense_layers :]
-    facts["kept"] = float((coded.mean(axis=(1, 2)) / state.stats.length[:, 0]).mean())
+    kept = state.stats.kept[:, 0]
+    sparse_bytes = weight_bytes(model) + cache_bytes(state.cache, config, kept)
     dense, state = step_times(definition, params, without_codes(state), None)
+    dense_bytes = weight_bytes(model) + cache_bytes(state.cache, config, state.stats.kept[:, 0])
     rest = rest_times(definition, params, state, model.config.num_layers)
-    dense_bytes = byte_counts.weight_bytes(model) + sum(
-        byte_counts.attention_bytes(layer, int(layer.length.sum()) * layer.keys.shape[1])
-        for layer in state.cache.layers
-    )
     return {
-        **facts,
-        "wall_us": dataclasses.asdict(sparse),
-        **weighed(moved, bandwidth, sparse.median),
-        "dense": {"xla": {"wall_us": dataclasses.asdict(dense)} | weighed(dense_bytes, bandwidth, dense.median)},
-        "rest": {"wall_us": dataclasses.asdict(rest)}
-        | weighed(byte_counts.weight_bytes(model), bandwidth, rest.median),
+        "kept": float((kept[:, config.dense_layers :].mean(axis=(1, 2)) / state.stats.length[:, 0]).mean()),
+        **masses,
+        **walls(sparse, sparse_bytes, bandwidth),
+        "dense": {"xla": walls(dense, dense_bytes, bandwidth)},
+        "rest": walls(rest, weight_bytes(model), bandwidth),
     }
+
+
+def cache_bytes(cache: Cache, config: RaBitQConfig, kept: jax.Array) -> float:
+    """Bytes that a step which attends `kept` tokens, int32 [B,L,K], reads of the caches."""
+    codes = sum(code_bytes(layer, config.sink) for layer in cache.layers if layer.codes is not None)
+    return codes + attention_bytes(cache.layers[0], int(kept.sum()))
+
+
+def walls(times: timing.Times, bytes_moved: float, bandwidth: float) -> dict:
+    """Wall time, and its share of the byte floor."""
+    return {"wall_us": dataclasses.asdict(times), **weighed(bytes_moved, bandwidth, times.median)}
 
 
 def planted_state(
     model: Llama, config: RaBitQConfig, *, batch: int, tokens: int, share: float
 ) -> tuple[DecodeState, dict]:
-    """A state about to decode a token, with every layer's cache planted for that token's queries; and what is kept.
+    """A state about to decode a token, with every layer's cache planted for that token's queries; and the mass kept.
 
     The layers are gone through one by one, since the queries of each follow from the attention of those before.
     """
-    shape = model.config
+    shape, coded = model.config, dataclasses.replace(config, dense_layers=0)
     key = jax.random.key(0)
     token = jax.random.randint(key, (batch,), 0, shape.vocab_size)
     length = jnp.full((batch,), tokens - ROOM, jnp.int32)
     layers, facts = [], []
 
     def attend(layer, query, new_key, value, _):
-        layer_config = None if layer < config.dense_layers else config
+        layer_config = None if layer < config.dense_layers else coded
         grouped = query.reshape(batch, shape.num_kv_heads, -1, shape.head_dim)
         cache = planted_cache(
             jax.random.fold_in(key, layer), grouped, jnp.full((batch,), share), length,
@@ -81,7 +83,7 @@ def planted_state(
         )  # fmt: skip
         layers.append(cache)
         if layer_config is not None:
-            facts.append(kept_facts(grouped, cache, select(grouped, cache, config)))
+            facts.append(kept_facts(grouped, cache, select(grouped, cache, coded)))
         out = _attend(query[:, 0], new_key[:, 0], value[:, 0], cache, layer_config)
         return out[:, None], None, None
 
@@ -143,15 +145,15 @@ def rest_times(definition, params, state: DecodeState, num_layers: int) -> timin
 
 
 def check_against_dense(config: RaBitQConfig) -> float:
-    """Error of a step of a small model at p = 1, in its last layer's new keys, against the dense step."""
+    """Error of a step of two layers at p = 1, in the second one's new keys, which show what the first attends."""
+    config = dataclasses.replace(config, dense_layers=0)
     model = Llama(CHECKED_MODEL, rngs=nnx.Rngs(0))
     definition, params = ModelDefinition.split(model)
     state, _ = planted_state(model, config, batch=1, tokens=1024, share=0.25)
     slot = int(state.cache.length[0])
     new_keys = []
-    for state_config in (dataclasses.replace(config, top_p=1.0), None):
-        before = state if state_config is not None else without_codes(state)
-        fed = jax.tree.map(jnp.copy, before)
+    for state_config, before in ((dataclasses.replace(config, top_p=1.0), state), (None, without_codes(state))):
+        fed = jax.tree.map(jnp.copy, before)  # Both share buffers, which a step takes.
         after, _ = decode_steps(
             definition, params, fed, jax.random.key(0), 1, config=state_config, sampling=Sampling(), eos_token_ids=()
         )

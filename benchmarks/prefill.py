@@ -29,7 +29,7 @@ from rabitq_jax.decoding import ModelDefinition
 from rabitq_jax.generation import feed_prompts
 
 REPEATS = 2
-CHECKED_TOKENS = 256
+CHECKED_TOKENS = 512
 
 
 def operations(config: LlamaConfig, tokens: int) -> int:

@@ -28,6 +28,12 @@ commit_option = click.option(
 )
 
 
+def program_here() -> list[str]:
+    """What was started: a module, as a rule."""
+    module = sys.modules["__main__"].__spec__
+    return ["-m", module.name] if module else [sys.argv[0]]
+
+
 def environment(commit: str) -> dict[str, str]:
     """Device, versions, commit, command and date."""
     return {
@@ -36,7 +42,7 @@ def environment(commit: str) -> dict[str, str]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "commit": commit,
-        "command": " ".join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
+        "command": " ".join(["python", *program_here(), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
     }
 

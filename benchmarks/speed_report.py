@@ -24,10 +24,11 @@ def decode_attention(rows: list[Row]) -> tuple[str, list[str]]:
         f"worth attending as are attended ({provenance(rows, 'decode_attention.json')}). Kernel time is CUPTI's, with "
         "a cold L2, from the query to the output; the floor is the time of reading codes and attended tokens once, at "
         "the bandwidth that a streaming pass reached in the same run. Wall time is a step of a jitted loop; RaBitQ's "
-        "appends the token and quantizes besides. The ratio is of wall times, to the faster dense attention."
+        "appends the token and quantizes besides. Quantizing is the lazy update's mean over an interval, as a share of "
+        "the kernel time. The ratio is of wall times, to the faster dense attention."
     )
     head = (
-        "case", "attended", "mass held", "kernels, µs", "share of floor", "RaBitQ, µs", "dense XLA, µs",
+        "case", "attended", "mass held", "kernels, µs", "share of floor", "quantizing", "RaBitQ, µs", "dense XLA, µs",
         "dense cuDNN, µs", "ratio",
     )  # fmt: skip
     lines = [
@@ -37,6 +38,7 @@ def decode_attention(rows: list[Row]) -> tuple[str, list[str]]:
             f"{row['true_mass']:.0%}",
             spread(row["kernel_us"]),
             f"{row['share_of_floor']:.0%}",
+            f"{row['quantization']['share_of_step']:.1%}",
             f"{row['wall_us']['median']:.0f}",
             *(dense_wall(row, name) for name in ("xla", "cudnn")),
             f"{best_dense(row) / row['wall_us']['median']:.2f}",

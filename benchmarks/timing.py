@@ -71,8 +71,10 @@ def _profile(call: Callable[[], object]) -> list[dict[str, float]]:
     cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
     cupti._cupti_init()
     try:
-        results = [(flush(buffer), call()) for _ in range(CALLS)]
-        jax.block_until_ready(results)
+        for _ in range(CALLS):
+            flush(buffer)
+            result = call()
+        jax.block_until_ready(result)
     finally:
         timings = cupti._cupti_get_timings(True)
     calls: list[dict[str, float]] = []

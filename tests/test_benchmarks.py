@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import re
+import types
 from pathlib import Path
 
 import jax
@@ -29,10 +31,19 @@ from models import Llama, LlamaConfig
 from rabitq_jax import RaBitQConfig
 from rabitq_jax.cache import init_layer_cache
 from rabitq_jax.top_p import select_reference
+from tests.test_lowering import kernel_text
 
 ROOT = Path(__file__).parent.parent
 CONFIG = RaBitQConfig()
 CASE = make_case(Shape(2, 1, 2, 1024, 64), name="tiny", lengths=(1024, 640), shares=(0.25, 0.4))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Most of these tests' time is LLVM's."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -43,7 +54,7 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "REPEATS", 2)
     monkeypatch.setattr(timing, "CALLS", 2)
     monkeypatch.setattr(decode_step, "STEPS", 2)
-    monkeypatch.setitem(SHAPES, "demo", decode_step.CHECKED_MODEL)
+    monkeypatch.setitem(SHAPES, "demo", dataclasses.replace(SHAPES["demo"], num_layers=3))
     return tmp_path
 
 
@@ -158,6 +169,29 @@ class TestTiming:
         largest = timing.READ_BLOCK - 1, 2 * timing.READ_BLOCK - 1
         np.testing.assert_array_equal(timing.read(blocks, name="read"), largest)
 
+    @pytest.mark.kernel
+    def test_the_reading_kernel_lowers_at_full_size(self, monkeypatch):
+        buffer = jax.ShapeDtypeStruct((timing.STREAM_BYTES // 4,), jnp.float32)
+        assert "flush_l2" in kernel_text(monkeypatch, lambda x: timing.read(x, name="flush_l2"), buffer)
+
+    def test_kernels_are_told_apart_by_the_flush_before_each_call(self, monkeypatch):
+        found = [
+            ("flush_l2", 9.0),
+            ("a", 0.001),
+            ("b", 0.004),
+            ("a", 0.002),
+            ("flush_l2", 9.0),
+            ("a", 0.002),
+            ("b", 0.006),
+        ]
+        cupti = types.SimpleNamespace(_cupti_init=lambda: None, _cupti_get_timings=lambda finalize: found)
+        monkeypatch.setattr(timing.profiler, "mosaic_gpu_lib", types.SimpleNamespace(_mosaic_gpu_ext=cupti))
+        monkeypatch.setattr(timing, "on_gpu", lambda: True)
+        monkeypatch.setattr(timing, "FLUSH_BYTES", 4 * timing.READ_BLOCK)
+        times, kernels = timing.kernel_times(jnp.sin, jnp.ones(3))
+        assert times == timing.Times(median=7.5, low=7.25, high=7.75)
+        assert kernels == {"a": 2.5, "b": 5.0}
+
 
 class TestChecks:
     @pytest.mark.parametrize("error", [0.2, float("nan")])
@@ -259,6 +293,7 @@ class TestRows:
             "wall_us": times, "floor_us": 10.0, "tb_per_s": 2.0, "share_of_floor": 0.5,
             "kernels_us": {"score_bins_mosaic_gpu_kernel": 10.0, "top_p_mark": 3.0, "loop_fusion": 7.0},
             "dense": {"xla": {"kernel_us": times, "wall_us": {"median": 200.0}}},
+            "quantization": {"share_of_step": 0.004},
         }  # fmt: skip
         shapes = ("B1-K8-G4-T8192-D128", "B8-K8-G4-T131072-D128", "B1-K8-G3-T131072-D64")
         rows = [row | {"case": shape, "shape": shape} for shape in shapes]
@@ -269,7 +304,7 @@ class TestRows:
             (results / name).write_text(json.dumps(rows))
         made = report.sections()
         assert "8 x 128K tokens on an GPU: **20 µs instead of 200 µs**" in made["headline"].replace("\n", " ")
-        line = "| 1 x 128K, G = 3, D = 64 | 3.0% | 90% | 20.0 (19.0 to 21.0) | 50% | 20 | 200 | - | 10.00 |"
+        line = "| 1 x 128K, G = 3, D = 64 | 3.0% | 90% | 20.0 (19.0 to 21.0) | 50% | 0.4% | 20 | 200 | - | 10.00 |"
         assert line in made["results"]
         assert "scores.json](results/scores.json)" in made["operations"]
         plots = pytest.importorskip("benchmarks.speed_plots")
