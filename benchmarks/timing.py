@@ -143,7 +143,8 @@ def wall_times(function: Callable, first: jax.Array, *args) -> Times:
 def bandwidth() -> float:
     """Bytes a second of a streaming pass over memory: the faster of a read, and a read with a write."""
     size = STREAM_BYTES if on_gpu() else CPU_STREAM_BYTES
-    buffer = jnp.zeros(size // 4)
+    # Random numbers: a device may move zeros faster.
+    buffer = jax.random.normal(jax.random.key(0), (size // 4,))
     # Where kernels are interpreted, XLA's sum reads faster.
     reading = jax.jit(lambda x: read(x, name="stream_read") if on_gpu() else jnp.sum(x))
     reads, _ = kernel_times(reading, buffer)
