@@ -28,11 +28,12 @@ def measure(case: Case, config: RaBitQConfig, bandwidth: float) -> Iterator[dict
     inputs = query, cache.keys, cache.values, selection.indices, selection.counts
     run = jax.jit(attend)
     error = relative_error(run(*inputs), jax.jit(functools.partial(attend, implementation="xla"))(*inputs))
+    check("gathered attention", error, TOLERANCE)
     times = timed(run, *inputs)
     moved = byte_counts.attention_bytes(cache, int(selection.counts.sum()))
     yield {
         "implementation": "pallas" if on_gpu() else "xla",
-        "error": check("gathered attention", error, TOLERANCE),
+        "error": error,
         **kept_facts(query, cache, selection),
         **times,
         **weighed(moved, bandwidth, times["kernel_us"]["median"]),

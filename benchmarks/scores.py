@@ -47,11 +47,12 @@ def measure(case: Case, config: RaBitQConfig, bandwidth: float) -> Iterator[dict
         else:
             size, tolerance = 4, 1e-4
             error = scores_off(run(*inputs), want, cache, config.sink)
+        check(f"scores by {name!r}", error, tolerance)
         times = timed(run, *inputs)
         moved = byte_counts.score_bytes(cache, config.sink, case.shape.group, size)
         yield {
             "implementation": name,
-            "error": check(f"scores by {name!r}", error, tolerance),
+            "error": error,
             **facts,
             **times,
             **weighed(moved, bandwidth, times["kernel_us"]["median"]),
