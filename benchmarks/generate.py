@@ -1,7 +1,7 @@
 """Rates of `generate` on a checkpoint, dense and with a RaBitQ cache, and what was read for it.
 
     python -m benchmarks.make_checkpoint FOLDER --shape llama-3.2-1b --dtype bfloat16
-    python -m benchmarks.bench_generate FOLDER           # writes benchmarks/results/generate.json
+    python -m benchmarks.generate FOLDER           # writes benchmarks/results/generate.json
 
 Each kind of decoding runs twice; the second run, which compiles nothing, counts.
 """

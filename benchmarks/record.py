@@ -31,7 +31,7 @@ commit_option = click.option(
 def program_here() -> list[str]:
     """What was started: a module, as a rule."""
     module = sys.modules["__main__"].__spec__
-    return ["-m", module.name] if module else [sys.argv[0]]
+    return ["-m", module.name.removesuffix(".__main__")] if module else [sys.argv[0]]
 
 
 def environment(commit: str) -> dict[str, str]:

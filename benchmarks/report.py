@@ -158,12 +158,14 @@ def generate_table(generate: dict[str, Any]) -> str:
 
 def quality(measured: dict[str, Any], training: dict[str, Any]) -> str:
     """What the retrieval model answers, and what it reads for that."""
+    (problems,) = {row["examples"] for row in measured["rows"]}
     choices = ", ".join(f"{name}={value}" for name, value in measured["settings"].items())
     about = (
         f"**Answers of a trained model** ({provenance(measured, 'quality.json')}; `RaBitQConfig()` with {choices}). "
         f"{about_training(training)} Tasks in the manner of RULER hide facts in sources of Python's standard library "
-        "that were held out from training, and ask for one at the end. A score is the share of questions answered "
-        "right, in percent, with its 95 % interval. Tokens attended and bytes read are means over all layers and tasks."
+        f"that were held out from training, and ask for one at the end. A score is the share of {problems} questions "
+        "that were answered right, in percent, with its 95 % interval. Tokens attended and bytes read are means over "
+        "all layers and tasks."
     )
     pictures = {
         "scores": "Scores against the share of tokens attended",

@@ -28,7 +28,7 @@ def draw_scores(content: dict[str, Any]) -> plt.Figure:
     """Score against the share of tokens attended: a panel a length, a line a task, a point for each p."""
     lengths = sorted({row["tokens"] for row in content["rows"]})
     figure, axes = plt.subplots(
-        1, len(lengths), figsize=(4.2 * len(lengths), 4.4), layout="constrained", sharey=True, squeeze=False
+        1, len(lengths), figsize=(max(4.2 * len(lengths), 6.5), 4.4), layout="constrained", sharey=True, squeeze=False
     )
     for axis, tokens in zip(axes[0], lengths, strict=True):
         rows = [row for row in content["rows"] if row["tokens"] == tokens]
@@ -108,7 +108,10 @@ def draw_training(content: dict[str, Any]) -> plt.Figure:
     begin = 0
     for stage in content["stages"]:
         axis.axvline(begin, color="k", linewidth=0.6, linestyle=":")
-        axis.text(begin + 10, axis.get_ylim()[1] * 0.7, f"{stage['tokens']:,} tokens", fontsize=8)
+        axis.annotate(
+            f"{stage['tokens']:,} tokens", (begin, 1), xycoords=("data", "axes fraction"),
+            xytext=(3, -10), textcoords="offset points", fontsize=8, in_layout=False,
+        )  # fmt: skip
         begin += stage["steps"]
     axis.set(xlabel="step")
     axis.grid(alpha=0.3)
