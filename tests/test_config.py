@@ -11,7 +11,7 @@ BAD_VALUES = [
     *[(name, value) for name in ("dense_layers", "rotation_seed") for value in (-1, 0.5, None)],
     ("top_p_scope", "some"),
     ("rotation", "random"),
-    ("key_centroid", "none"),
+    ("key_centroid", "mean"),
     ("query_centroid", "block"),
     ("query_rounding", "stochastic"),
     ("scores", "pallas"),
