@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from benchmarks.exact import attended
 from rabitq_jax.top_p import Selection
 
 
@@ -21,14 +22,6 @@ def relative_error(got: jax.Array, want: jax.Array) -> float:
     """Largest difference, over the largest number that is wanted."""
     got, want = got.astype(jnp.float32), want.astype(jnp.float32)
     return float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want)))
-
-
-def attended(indices: jax.Array, counts: jax.Array) -> jax.Array:
-    """bool [B,K,T], True for the tokens in lists int32 [B,K,T] of `counts` int32 [B,K] tokens each."""
-    batch, kv_heads, tokens = indices.shape
-    index = jnp.where(jnp.arange(tokens) < counts[..., None], indices, tokens)
-    rows = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
-    return jnp.zeros(indices.shape, bool).at[*rows, index].set(True, mode="drop")
 
 
 def check_superset(selection: Selection, reference: Selection) -> float:

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from benchmarks.checks import attended
+from benchmarks.exact import captured_mass, exact_logits
 from benchmarks.shapes import Case
 from rabitq_jax import attention
 from rabitq_jax.cache import Cache, LayerCache, init_layer_cache
@@ -121,26 +121,15 @@ def planted_case(case: Case, config: RaBitQConfig) -> tuple[jax.Array, LayerCach
 
 
 @jax.jit
-def true_mass(query: jax.Array, cache: LayerCache, indices: jax.Array, counts: jax.Array) -> jax.Array:
-    """Share of each query's exact attention that lies in its kv head's list of tokens: float32 [B,K,G].
-
-    Args:
-      query: [B,K,G,D].
-      indices: int32 [B,K,T] and counts: int32 [B,K], as in `Selection`.
-    """
-    logits = query.shape[-1] ** -0.5 * jnp.einsum(
-        "bkgd,bktd->bkgt", query.astype(cache.keys.dtype), cache.keys, preferred_element_type=jnp.float32
-    )
-    held = jnp.arange(cache.capacity) < cache.length[:, None, None, None]
-    weights = jax.nn.softmax(jnp.where(held, logits, -jnp.inf), axis=-1)
-    listed = attended(indices, counts)
-    return jnp.sum(jnp.where(listed[:, :, None], weights, 0), axis=-1)
+def true_mass(query: jax.Array, cache: LayerCache, selection: Selection) -> jax.Array:
+    """Share of each query's exact attention in the tokens that its kv head attends: float32 [B,K,G]."""
+    return captured_mass(exact_logits(query, cache), selection.indices, selection.counts)
 
 
 def kept_facts(query: jax.Array, cache: LayerCache, selection: Selection) -> dict:
     """What is kept, for a row: the share of the tokens, over all and by sequence, and the mass it holds."""
     share = jnp.mean(selection.counts, axis=1) / cache.length
-    true = true_mass(query, cache, selection.indices, selection.counts)
+    true = true_mass(query, cache, selection)
     return {
         "kept": float(selection.counts.sum() / (cache.length.sum() * selection.counts.shape[1])),
         "kept_by_sequence": [float(x) for x in share],

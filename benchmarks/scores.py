@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from benchmarks import byte_counts
 from benchmarks.checks import check
 from benchmarks.dense import dense_baselines
+from benchmarks.exact import is_scored
 from benchmarks.planting import kept_facts, planted_case, quantize, select
 from benchmarks.shapes import Case
 from benchmarks.suite import command, timed, weighed
@@ -83,12 +84,6 @@ def scores_by(name: str, config: RaBitQConfig):
         return IMPLEMENTATIONS[name](*front, length=length)
 
     return run
-
-
-def is_scored(cache: LayerCache, sink: int) -> jax.Array:
-    """bool [B,1,1,T]."""
-    position = jnp.arange(cache.capacity)
-    return ((position >= sink) & (position < cache.quantized[:, None]))[:, None, None]
 
 
 def scores_off(got, want, cache: LayerCache, sink: int) -> float:

@@ -25,6 +25,7 @@ from benchmarks import (
     top_p,
 )
 from benchmarks.checks import check, check_superset
+from benchmarks.exact import captured_mass, exact_logits
 from benchmarks.make_checkpoint import SHAPES
 from benchmarks.shapes import ROOM, SUITES, Shape, make_case
 from models import Llama, LlamaConfig
@@ -86,9 +87,9 @@ class TestPlanting:
     def test_true_mass_is_that_of_the_softmax(self):
         query, cache = planting.planted_case(CASE, CONFIG)
         indices = jnp.broadcast_to(jnp.arange(1024), (2, 1, 1024))
-        everything = planting.true_mass(query, cache, indices, cache.length[:, None])
+        everything = captured_mass(exact_logits(query, cache), indices, cache.length[:, None])
         np.testing.assert_allclose(everything, 1, rtol=1e-5)
-        first = np.asarray(planting.true_mass(query, cache, indices, jnp.array([[100], [100]])))[1, 0, 1]
+        first = np.asarray(captured_mass(exact_logits(query, cache), indices, jnp.array([[100], [100]])))[1, 0, 1]
         logits = np.asarray(cache.keys[1, 0, :640], np.float64) @ np.asarray(query[1, 0, 1], np.float64) / 8
         weights = np.exp(logits - logits.max())
         np.testing.assert_allclose(first, weights[:100].sum() / weights.sum(), rtol=1e-3)

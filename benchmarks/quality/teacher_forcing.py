@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.exact import captured_mass, exact_logits, is_scored
 from rabitq_jax import Cache, RaBitQConfig, attention
 from rabitq_jax.cache import LayerCache, append
 from rabitq_jax.codes import quantize_query
@@ -132,16 +133,8 @@ def _probe(query, key, value, cache: LayerCache, stats: attention.DecodeStats, c
     softmax_scale = head_dim**-0.5
     # The same arguments and key as in the step: the same tokens.
     selection = attention.choose_tokens(grouped, cache, config, softmax_scale, prng_key)
-    position = jnp.arange(cache.capacity)
-    listed = position < selection.counts[..., None]
-    rows = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
-    attended = jnp.zeros(listed.shape, bool).at[(*rows, selection.indices)].max(listed, mode="drop")
-    exact = softmax_scale * jnp.einsum(
-        "bkgd,bktd->bkgt", grouped, cache.keys, precision="highest", preferred_element_type=jnp.float32
-    )
-    visible = (position < cache.length[:, None])[:, None, None]
-    weights = jax.nn.softmax(jnp.where(visible, exact, -jnp.inf), axis=-1)
-    captured = jnp.sum(jnp.where(attended[:, :, None], weights, 0), axis=-1)
+    exact = exact_logits(grouped, cache)
+    captured = captured_mass(exact, selection.indices, selection.counts)
 
     quantized = quantize_query(
         grouped, cache.codes.rotation, cache.codes.query_centroid, rounding=config.query_rounding, key=prng_key
@@ -149,7 +142,7 @@ def _probe(query, key, value, cache: LayerCache, stats: attention.DecodeStats, c
     estimate = proxy_scores(
         grouped, quantized, cache.codes, cache.quantized, softmax_scale=softmax_scale, implementation="xla"
     )
-    scored = ((position >= config.sink) & (position < cache.quantized[:, None]))[:, None, None]
+    scored = is_scored(cache, config.sink)
     count = jnp.maximum(jnp.sum(scored, axis=-1), 1)
     difference = jnp.where(scored, estimate - exact, 0)
     mean = jnp.sum(difference, axis=-1) / count
