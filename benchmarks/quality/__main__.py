@@ -8,6 +8,7 @@ writes benchmarks/results/quality.json, a table beside it (.md), and pictures (.
 """
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from benchmarks.quality.haystack import standard_library
 from benchmarks.quality.problem import Problem
 from benchmarks.quality.report import table
 from benchmarks.quality.tasks import TASKS, make_problems
+from benchmarks.quality.workers import spread, worker_options
 from benchmarks.record import RESULTS, commit_option, write_result
 from models import RETRIEVER, Tokenizer, load_pretrained
 from rabitq_jax import RaBitQConfig
@@ -32,13 +34,25 @@ TOP_P = (0.5, 0.8, 0.9, 0.95, 0.99)
 TEXT_PIECES, TEXT_NEW_TOKENS = 8, 128
 
 
-@dataclasses.dataclass(frozen=True)
-class Suite:
-    """Problems with prompts of up to so many tokens."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one process evaluates at a time: problems with prompts of up to so many tokens, in several ways.
 
-    tokens: int
-    problems: list[Problem]
-    known: bool  # their answers are texts that the model itself would write
+    Attributes:
+      source: "tasks", or the format of the files in `folder`: "longbench" or "gsm8k".
+      probes: problems of each task whose attention is measured; 0 measures none.
+    """
+
+    model: str
+    dtype: str
+    configs: tuple[RaBitQConfig | None, ...]
+    chat: bool
+    examples: int
+    source: str = "tasks"
+    tasks: tuple[str, ...] = ()
+    tokens: int = 0
+    probes: int = 0
+    folder: Path | None = None
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -56,40 +70,56 @@ class Suite:
 @click.option("--context", default=32768, show_default=True, help="Tokens that LongBench's prompts are cut to.")
 @click.option("--chat", is_flag=True, help="Send prompts as a user's message, by the checkpoint's chat template.")
 @click.option("--name", default="quality", show_default=True, help="Name of the results.")
+@worker_options
 @commit_option
 def main(
     model, dtype, tasks, tokens, examples, probes, probe_tokens, top_p, settings, longbench_folder, gsm8k_folder,
-    context, chat, name, commit,
+    context, chat, name, processes, gpus, commit,
 ) -> None:  # fmt: skip
     overrides = parse_settings(settings)
-    configs = [None, *(RaBitQConfig(**{"top_p": p, **overrides}) for p in top_p)]
-    decoder, tokenizer = load_pretrained(model, dtype=jnp.dtype(dtype))
-    if longbench_folder or gsm8k_folder:
-        suites = published_suites(tokenizer, longbench_folder, gsm8k_folder, context, examples)
-    else:
-        suites = [retrieval_suite(tokenizer, tasks or list(TASKS), size, examples) for size in tokens]
+    configs = (None, *(RaBitQConfig(**{"top_p": p, **overrides}) for p in top_p))
+    part = functools.partial(Part, model=model, dtype=dtype, configs=configs, chat=chat, examples=examples)
+    parts = []
+    if longbench_folder:
+        parts.append(part(source="longbench", folder=longbench_folder, tokens=context))
+    if gsm8k_folder:
+        parts.append(part(source="gsm8k", folder=gsm8k_folder))
+    if not parts:
+        # A chat's replies are not texts whose tokens are known beforehand.
+        probed = () if chat else probe_tokens or tokens
+        parts = [
+            part(tasks=tuple(tasks or TASKS), tokens=size, probes=probes if size in probed else 0) for size in tokens
+        ]
     content = {
         "model": model if model != str(RETRIEVER) else "retriever", "dtype": dtype, "settings": overrides,
-        "rows": [], "probes": [],
     }  # fmt: skip
-    total = sum(len(suite.problems) for suite in suites) * len(configs)
-    with tqdm(total=total, desc="answers", unit="reply") as bar:
-        for suite in suites:
-            answered = answer(
-                decoder, tokenizer, suite.problems, configs, key=jax.random.key(0), chat=chat, advance=bar.update
-            )  # fmt: skip
-            for config, replies in zip(configs, answered, strict=True):
-                shared = {"tokens": suite.tokens, "top_p": config and config.top_p}
-                content["rows"] += [shared | row for row in summarize(replies)]
-            # As soon as it is known, so that it is kept if what follows fails.
-            path = write_result(f"{name}.json", content, commit=commit)
-            if suite.known and not chat and suite.tokens in (probe_tokens or tokens):
-                content["probes"] += probe_suite(decoder, tokenizer, suite, configs, probes)
-                path = write_result(f"{name}.json", content, commit=commit)
+    done: dict[int, tuple[list[dict], list[dict]]] = {}
+    for i, measured in spread(evaluate_part, parts, processes=processes, gpus=gpus):
+        done[i] = measured
+        rows, probed_rows = zip(*(done[j] for j in sorted(done)), strict=True)
+        content |= {"rows": sum(rows, []), "probes": sum(probed_rows, [])}
+        # As soon as it is known, so that it is kept if what follows fails.
+        path = write_result(f"{name}.json", content, commit=commit)
     path.with_suffix(".md").write_text(table(content) + "\n", encoding="utf-8")
     plots.draw(content, RESULTS, name)
     click.echo(table(content))
     click.echo(path)
+
+
+def evaluate_part(part: Part) -> tuple[list[dict], list[dict]]:
+    """A row for each task and way of decoding: answers, and what they read; and rows of what attention captures."""
+    decoder, tokenizer = load_pretrained(part.model, dtype=jnp.dtype(part.dtype))
+    tokens, problems = load_problems(part, tokenizer)
+    with tqdm(total=len(problems) * len(part.configs), desc=f"answers, {tokens} tokens", unit="reply") as bar:
+        answered = answer(
+            decoder, tokenizer, problems, part.configs, key=jax.random.key(0), chat=part.chat, advance=bar.update
+        )
+    rows = [
+        {"tokens": tokens, "top_p": config and config.top_p, **row}
+        for config, replies in zip(part.configs, answered, strict=True)
+        for row in summarize(replies)
+    ]
+    return rows, probe_rows(decoder, tokenizer, part, problems) if part.probes else []
 
 
 def parse_settings(settings: Sequence[str]) -> dict:
@@ -109,45 +139,37 @@ def parse_settings(settings: Sequence[str]) -> dict:
     return parsed
 
 
-def retrieval_suite(tokenizer: Tokenizer, tasks: Sequence[str], tokens: int, examples: int) -> Suite:
-    problems = [problem for task in tasks for problem in make_problems(TASKS[task], tokens, examples, tokenizer)]
-    return Suite(tokens, problems, known=True)
+def load_problems(part: Part, tokenizer: Tokenizer) -> tuple[int, list[Problem]]:
+    """A bound on the prompts' tokens, and the problems."""
+    if part.source == "tasks":
+        make = functools.partial(make_problems, tokens=part.tokens, count=part.examples, tokenizer=tokenizer)
+        return part.tokens, [problem for task in part.tasks for problem in make(TASKS[task])]
+    if part.source == "gsm8k":
+        problems = gsm8k.load(part.folder, limit=part.examples)
+        return max(len(tokenizer.encode(problem.prompt)) for problem in problems), problems
+    problems = longbench.load(part.folder, limit=part.examples)
+    room = part.tokens - max(problem.max_new_tokens for problem in problems)
+    cut = lambda problem: longbench.cut_middle(problem.prompt, tokenizer, room)  # noqa: E731
+    return room, [dataclasses.replace(problem, prompt=cut(problem)) for problem in problems]
 
 
-def published_suites(tokenizer: Tokenizer, longbench_folder, gsm8k_folder, context: int, limit: int) -> list[Suite]:
-    suites = []
-    if longbench_folder:
-        problems = longbench.load(longbench_folder, limit=limit)
-        room = context - max(problem.max_new_tokens for problem in problems)
-        problems = [
-            dataclasses.replace(problem, prompt=longbench.cut_middle(problem.prompt, tokenizer, room))
-            for problem in problems
-        ]
-        suites.append(Suite(room, problems, known=False))
-    if gsm8k_folder:
-        problems = gsm8k.load(gsm8k_folder, limit=limit)
-        longest = max(len(tokenizer.encode(problem.prompt)) for problem in problems)
-        suites.append(Suite(longest, problems, known=False))
-    return suites
-
-
-def probe_suite(decoder, tokenizer, suite: Suite, configs, probes: int) -> list[dict]:
+def probe_rows(decoder, tokenizer, part: Part, problems: Sequence[Problem]) -> list[dict]:
     """What decoding the known answers, and plain text, attends: a row for each set of texts and way of decoding."""
     by_task: dict[str, list[Problem]] = {}
-    for problem in suite.problems:
+    for problem in problems:
         by_task.setdefault(problem.task, []).append(problem)
-    chosen = [problem for group in by_task.values() for problem in group[:probes]]
+    chosen = [problem for group in by_task.values() for problem in group[: part.probes]]
     text = standard_library("test").decode()
     sets = {
         "answers": Known.answers(tokenizer, chosen),
-        "text": Known.plain(tokenizer, text, suite.tokens, TEXT_NEW_TOKENS, TEXT_PIECES),
+        "text": Known.plain(tokenizer, text, part.tokens, TEXT_NEW_TOKENS, TEXT_PIECES),
     }
     rows = []
     for name, known in sets.items():
-        passes = probe(decoder, known, configs, key=jax.random.key(1), progress=True)
-        for config, run in zip(configs, passes, strict=True):
-            row = compare(run, passes[configs.index(None)])
-            rows.append({"tokens": suite.tokens, "texts": name, "top_p": config and config.top_p, **row})
+        passes = probe(decoder, known, part.configs, key=jax.random.key(1), progress=True)
+        for config, run in zip(part.configs, passes, strict=True):
+            row = compare(run, passes[part.configs.index(None)])
+            rows.append({"tokens": part.tokens, "texts": name, "top_p": config and config.top_p, **row})
     return rows
 
 

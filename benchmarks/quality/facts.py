@@ -110,16 +110,19 @@ VALUES: dict[str, Callable[[np.random.Generator], str]] = {
 
 def random_key(rng: np.random.Generator) -> str:
     """A name of one of many forms, so that a model cannot count on one."""
-    form = rng.integers(5)
+    form = rng.integers(4)
     if form == 0:
-        return f"{random_word(rng)}-{random_word(rng)}"
+        return "-".join(_random_words(rng, 2, 3))
     if form == 1:
         return random_word(rng).capitalize()
     if form == 2:
         return "".join(rng.choice(LETTERS + DIGITS, rng.integers(4, 11)))
-    if form == 3:
-        return f"{random_word(rng)} {random_word(rng)}"
-    return random_word(rng)
+    article = "the " if rng.random() < 0.3 else ""
+    return article + " ".join(_random_words(rng, 1, 4))
+
+
+def _random_words(rng: np.random.Generator, least: int, most: int) -> list[str]:
+    return [random_word(rng) for _ in range(rng.integers(least, most + 1))]
 
 
 def random_variable(rng: np.random.Generator) -> str:

@@ -7,6 +7,8 @@ at the same share of bytes, choices can be compared. Writes benchmarks/results/s
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -19,6 +21,7 @@ from benchmarks.quality.evaluate import Known, compare, probe
 from benchmarks.quality.plots import save
 from benchmarks.quality.report import cells, unique
 from benchmarks.quality.tasks import TASKS, make_problems
+from benchmarks.quality.workers import spread, worker_options
 from benchmarks.record import RESULTS, commit_option, write_result
 from models import RETRIEVER, load_pretrained
 from rabitq_jax import RaBitQConfig
@@ -70,27 +73,37 @@ class Case:
 @click.option("--tokens", default=16384, show_default=True, help="Length of the prompts.")
 @click.option("--examples", default=5, show_default=True, help="Problems of each task.")
 @click.option("--name", default="sweep", show_default=True, help="Name of the results.")
+@worker_options
 @commit_option
-def main(model: str, tokens: int, examples: int, name: str, commit: str) -> None:
-    decoder, tokenizer = load_pretrained(model, dtype=jnp.bfloat16)
-    problems = [problem for task in TASKS.values() for problem in make_problems(task, tokens, examples, tokenizer)]
-    known = Known.answers(tokenizer, problems)
+def main(model: str, tokens: int, examples: int, name: str, processes: int, gpus: int, commit: str) -> None:
     cases = [Case(change=change, top_p=top_p) for change in VARIANTS for top_p in TOP_P]
-    configs = [None, *(case.config for case in cases)]
-    dense, *passes = probe(decoder, known, configs, key=jax.random.key(2), progress=True)
+    # Each process reads the prompts, and decodes them densely too.
+    shares = [cases[i::processes] for i in range(processes)]
+    rows: list[dict] = [{}] * len(cases)
+    dense: dict = {}
+    run = functools.partial(measure, model, tokens, examples)
+    for i, measured in spread(run, shares, processes=processes, gpus=gpus):
+        dense, *rows[i::processes] = measured
     content = {
         "model": model if model != str(RETRIEVER) else "retriever", "tokens": tokens, "examples": examples,
-        "base": BASE, "dense": compare(dense, dense),
-        "rows": [
-            {"change": case.label, "top_p": case.top_p, **compare(run, dense)}
-            for case, run in zip(cases, passes, strict=True)
-        ],
+        "base": BASE, "dense": dense,
+        "rows": [{"change": case.label, "top_p": case.top_p, **row} for case, row in zip(cases, rows, strict=True)],
     }  # fmt: skip
     path = write_result(f"{name}.json", content, commit=commit)
     path.with_suffix(".md").write_text(table(content) + "\n", encoding="utf-8")
     save(draw(content), RESULTS / f"{name}.png")
     click.echo(table(content))
     click.echo(path)
+
+
+def measure(model: str, tokens: int, examples: int, cases: Sequence[Case]) -> list[dict]:
+    """Measures of dense decoding, and of each case."""
+    decoder, tokenizer = load_pretrained(model, dtype=jnp.bfloat16)
+    problems = [problem for task in TASKS.values() for problem in make_problems(task, tokens, examples, tokenizer)]
+    known = Known.answers(tokenizer, problems)
+    configs = [None, *(case.config for case in cases)]
+    passes = probe(decoder, known, configs, key=jax.random.key(2), progress=True)
+    return [compare(run, passes[0]) for run in passes]
 
 
 def table(content: dict[str, Any]) -> str:

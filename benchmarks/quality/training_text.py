@@ -24,7 +24,7 @@ from benchmarks.quality.haystack import excerpt
 from benchmarks.quality.word_counts import word_count_text
 
 KINDS = ("single", "multi_value", "multi_query", "chain")
-KIND_SHARES = (0.4, 0.22, 0.16, 0.22)
+KIND_SHARES = (0.36, 0.28, 0.16, 0.2)
 VALUE_SHARES = (0.5, 0.3, 0.2)
 ASKED_SHARE = 0.75
 AT_END_SHARE = 0.4
