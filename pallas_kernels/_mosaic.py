@@ -74,13 +74,22 @@ left = functools.partial(_binary, arith.shli)
 right = functools.partial(_binary, arith.shrui)
 right_signed = functools.partial(_binary, arith.shrsi)
 bit_and = functools.partial(_binary, arith.andi)
+bit_or = functools.partial(_binary, arith.ori)
 bit_xor = functools.partial(_binary, arith.xori)
+minimum_signed = functools.partial(_binary, arith.minsi)
+maximum_signed = functools.partial(_binary, arith.maxsi)
 both = functools.partial(_binary, arith.andi)
+either = functools.partial(_binary, arith.ori)
 
 
 def less(a, b) -> ir.Value:
     """a < b, both unsigned."""
     return arith.cmpi(arith.CmpIPredicate.ult, value(a), value(b))
+
+
+def not_less(a, b) -> ir.Value:
+    """a >= b, both unsigned."""
+    return arith.cmpi(arith.CmpIPredicate.uge, value(a), value(b))
 
 
 def select(condition, a, b) -> ir.Value:
@@ -175,6 +184,29 @@ def store(at, values, *, offset: int = 0, where=None) -> None:
     ptx(text, inputs, effects=True)
 
 
+def store_ones(at, mask, first) -> None:
+    """Store first + i for every bit i of the mask, in neighbouring words from an address on."""
+    text = (
+        "{ .reg .pred p; .reg .b32 rest, bit, i; .reg .b64 at; mov.b64 at, $0; mov.b32 rest, $1; "
+        "setp.eq.s32 p, rest, 0; @p bra DONE; "
+        "NEXT: neg.s32 bit, rest; and.b32 bit, bit, rest; bfind.u32 i, bit; add.s32 i, i, $2; st.global.b32 [at], i; "
+        "add.s64 at, at, 4; xor.b32 rest, rest, bit; setp.ne.s32 p, rest, 0; @p bra NEXT; "
+        "DONE: }"
+    )
+    ptx(text, [at, mask, first], effects=True)
+
+
+def publish(at, x) -> None:
+    """Let other blocks see x, which is not 0, in a word of global memory that was 0."""
+    ptx("st.relaxed.gpu.global.b32 [$0], $1;", [at, x], effects=True)
+
+
+def wait_published(at) -> ir.Value:
+    """What another block published, once it has. Blocks start in order: a block may wait for those before it alone."""
+    text = "{ .reg .pred p; AGAIN: ld.relaxed.gpu.global.b32 $0, [$1]; setp.eq.s32 p, $0, 0; @p bra AGAIN; }"
+    return ptx(text, [at], "r", effects=True)[0]
+
+
 def load_shared(at, *, words: int = 1, offset: int = 0) -> list[ir.Value]:
     vector = "" if words == 1 else f".v{words}"
     text = f"ld.shared{vector}.b32 {_operands(0, words)}, [${words}+{offset}];"
@@ -188,8 +220,22 @@ def store_shared(at, values, *, offset: int = 0) -> None:
 
 def shuffle_xor(x, lanes: int) -> ir.Value:
     """The value of the lane whose number differs by `lanes` in binary, exclusive or."""
+    return _shuffle("bfly", x, lanes, 0x1F)
+
+
+def shuffle_up(x, lanes: int) -> ir.Value:
+    """The value of the lane that is `lanes` before; the lane's own where there is none."""
+    return _shuffle("up", x, lanes, 0)
+
+
+def shuffle(x, lane: int) -> ir.Value:
+    """The value of one lane."""
+    return _shuffle("idx", x, lane, 0x1F)
+
+
+def _shuffle(mode: str, x, which: int, clamp: int) -> ir.Value:
     letter = "f" if isinstance(x.type, ir.F32Type) else "r"
-    return ptx(f"shfl.sync.bfly.b32 $0, $1, {lanes}, 0x1f, 0xffffffff;", [x], letter, effects=True)[0]
+    return ptx(f"shfl.sync.{mode}.b32 $0, $1, {which}, {clamp}, 0xffffffff;", [x], letter, effects=True)[0]
 
 
 def count_shared(at, *, offset: int, where) -> None:
@@ -199,8 +245,8 @@ def count_shared(at, *, offset: int, where) -> None:
 
 
 def max_shared(at, x) -> None:
-    """Raise a signed word of shared memory to x; atomic."""
-    ptx("red.shared.max.s32 [$0], $1;", [at, x], effects=True)
+    """Raise an unsigned word of shared memory to x; atomic."""
+    ptx("red.shared.max.u32 [$0], $1;", [at, x], effects=True)
 
 
 def add_global(at, x) -> None:
@@ -210,8 +256,8 @@ def add_global(at, x) -> None:
 
 
 def max_global(at, x) -> None:
-    """Raise a signed word of global memory to x; atomic."""
-    ptx("red.global.max.s32 [$0], $1;", [at, x], effects=True)
+    """Raise an unsigned word of global memory to x; atomic."""
+    ptx("red.global.max.u32 [$0], $1;", [at, x], effects=True)
 
 
 def binary_product(a, b, c) -> list[ir.Value]:
@@ -227,6 +273,41 @@ def pack_bytes(words) -> ir.Value:
     low = ptx("prmt.b32 $0, $1, $2, 0x0040;", words[:2], "r")[0]
     high = ptx("prmt.b32 $0, $1, $2, 0x0040;", words[2:], "r")[0]
     return ptx("prmt.b32 $0, $1, $2, 0x5410;", [low, high], "r")[0]
+
+
+def majority(a, b, c) -> ir.Value:
+    """The bits that at least two of three words have."""
+    return ptx("lop3.b32 $0, $1, $2, $3, 0xe8;", [a, b, c], "r")[0]
+
+
+def count_ones(x) -> ir.Value:
+    return ptx("popc.b32 $0, $1;", [x], "r")[0]
+
+
+add_float = functools.partial(_binary, arith.addf)
+subtract_float = functools.partial(_binary, arith.subf)
+multiply_float = functools.partial(_binary, arith.mulf)
+divide_float = functools.partial(_binary, arith.divf)
+
+
+def less_float(a, b) -> ir.Value:
+    """a < b; not with NaN."""
+    return arith.cmpf(arith.CmpFPredicate.OLT, value(a), value(b))
+
+
+def not_less_float(a, b) -> ir.Value:
+    """a >= b; not with NaN."""
+    return arith.cmpf(arith.CmpFPredicate.OGE, value(a), value(b))
+
+
+def to_float(x) -> ir.Value:
+    """The f32 nearest to an unsigned i32."""
+    return ptx("cvt.rn.f32.u32 $0, $1;", [x], "f")[0]
+
+
+def exp2(x) -> ir.Value:
+    """2^x, to 2^-22 of it."""
+    return ptx("ex2.approx.ftz.f32 $0, $1;", [x], "f")[0]
 
 
 def fma(a, b, c) -> ir.Value:
@@ -252,8 +333,8 @@ def when(condition, body) -> None:
         scf.yield_([])
 
 
-def loop(count: int, carried, body) -> list[ir.Value]:
-    """carried = body(i, carried) for i in 0 .. count - 1; carried is a list of values."""
+def loop(count, carried, body) -> list[ir.Value]:
+    """carried = body(i, carried) for i in 0 .. count - 1; carried is a list; count the same in all threads."""
     operation = scf.ForOp(value(0), value(count), value(1), list(carried))
     with ir.InsertionPoint(operation.body):
         scf.yield_(list(body(operation.induction_variable, list(operation.inner_iter_args))))

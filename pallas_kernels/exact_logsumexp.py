@@ -15,8 +15,8 @@ from pallas_kernels.gathered_attention import LOWEST, load_query, product_shape
 TILE = 64
 
 
-def _kernel(quantized_ref, length_ref, query_ref, keys_ref, out_ref, *, sink, softmax_scale):
-    """quantized, length [], query [G,D], keys [T,D] -> out [M]."""
+def logsumexp_of_exact_tokens(quantized_ref, length_ref, query_ref, keys_ref, *, sink, softmax_scale):
+    """For a kernel: quantized, length [], query [G,D], keys [T,D] -> float32 [M]."""
     head_dim, length = keys_ref.shape[1], length_ref[...]
     rows, columns = product_shape(*query_ref.shape)
     window_start = jnp.maximum(quantized_ref[...], sink)
@@ -38,7 +38,12 @@ def _kernel(quantized_ref, length_ref, query_ref, keys_ref, out_ref, *, sink, so
 
     state = jnp.full((rows,), LOWEST, jnp.float32), jnp.zeros((rows,), jnp.float32)
     peak, total = jax.lax.fori_loop(0, pl.cdiv(count, TILE), add_tile, state)
-    out_ref[...] = peak + jnp.log(total)
+    return peak + jnp.log(total)
+
+
+def _kernel(*refs, sink, softmax_scale):
+    *inputs, out_ref = refs
+    out_ref[...] = logsumexp_of_exact_tokens(*inputs, sink=sink, softmax_scale=softmax_scale)
 
 
 def exact_logsumexp(query, keys, quantized, length, *, sink, window, softmax_scale):

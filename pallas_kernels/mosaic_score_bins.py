@@ -29,7 +29,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
-from pallas_kernels.popcount_scores import bit_planes
 
 BINS = 256
 BINS_PER_NAT = 8
@@ -40,7 +39,6 @@ UNROLL = 4
 BLOCK_TOKENS, LEAST_BLOCK_TOKENS = 2048, STEP_TOKENS * WARPS * UNROLL
 # The bits of 1.5 * 2^23 as a float32: plus an integer n, they are those of 1.5 * 2^23 + n.
 MAGIC = 0x4B400000
-LEAST_KEY = -(2**31)
 
 
 def takes(tokens: int, words: int, centroids: int) -> bool:
@@ -50,22 +48,23 @@ def takes(tokens: int, words: int, centroids: int) -> bool:
     )
 
 
-def score_bins(levels, bits, gain, scale, bias, bias_gain, shift, base, *, first, stop):
+def score_bins(planes, factors, shift, bits, scale, bias, bias_gain, state, *, group: int, first: int, stop):
     """Bins of scores, their counts, and the largest score.
 
     Args:
-      levels, bits, gain, scale, bias, bias_gain, shift: as in `rabitq_jax.scores.proxy_scores_reference`.
-      base: float32 [B,K,G], top of the bins; any value is correct.
+      planes, factors, shift: of `rabitq_jax.prepared_query.PreparedQuery`: [B,K,H,...], of which G heads are real.
+      bits, scale, bias, bias_gain: as in `rabitq_jax.scores.proxy_scores_reference`.
+      state: a reference, int32 [B,K,Z] with Z of `state_words`, all zero; see `State`. Counts are added to it.
+      group: G.
       first: python int; stop: int32 [B]. Tokens in [first, stop) are scored.
 
     Returns:
-      bins int32 [B,K,G,T/4], a byte a token, lowest first, undefined outside [first, stop); counts int32
-      [B,K,G,256]; peak float32 [B,K,G], the largest score, NaN and infinity counting as 3e38 (-inf if there is none).
+      Bins int32 [B,K,G,T/4], a byte a token, lowest first, undefined outside [first, stop).
 
     Raises:
       NotImplementedError: `takes` is False.
     """
-    batch, kv_heads, group, _ = levels.shape
+    batch, kv_heads, heads = shift.shape[:3]
     tokens, words = bits.shape[2:]
     centroids = shift.shape[-1]
     if not takes(tokens, words, centroids):
@@ -73,42 +72,53 @@ def score_bins(levels, bits, gain, scale, bias, bias_gain, shift, base, *, first
             f"the kernel takes codes of 64 or multiples of 128 bits, capacities of multiples of {LEAST_BLOCK_TOKENS} "
             f"tokens and centroids of multiples of {STEP_TOKENS}, got {32 * words}, {tokens} and {tokens // centroids}"
         )
-    rows, groups = batch * kv_heads, -(-group // HEADS)
-    padded = HEADS * groups
-
-    def by_row(x):
-        return jnp.pad(x.reshape(rows, *x.shape[2:]), [(0, 0), (0, padded - group)] + [(0, 0)] * (x.ndim - 3))
-
-    factors = jnp.stack([gain, -jnp.sum(levels, axis=-1).astype(jnp.float32), base], axis=-1)
-    counts = jax.new_ref(jnp.zeros((rows, padded, BINS), jnp.int32))
-    keys = jax.new_ref(jnp.full((rows, padded), LEAST_KEY, jnp.int32))
-    inputs = [by_row(bit_planes(levels)), by_row(factors), by_row(shift), bits.reshape(rows, tokens, words)]
-    inputs += [scale.reshape(rows, tokens)] + ([] if bias is None else [bias.reshape(rows, tokens)])
     block = math.gcd(tokens, BLOCK_TOKENS)
+    sizes = _Sizes(
+        kv_heads=kv_heads, group=group, groups=heads // HEADS, tokens=tokens, words=words, centroids=centroids,
+        block=block, state_words=state.shape[-1], first=first, bias_gain=None if bias is None else float(bias_gain),
+    )  # fmt: skip
     # The kernel counts from the first token, in unsigned numbers: an empty range must not be less than empty.
     stop = jnp.maximum(stop, first)
-    sizes = _Sizes(
-        kv_heads=kv_heads, group=group, groups=groups, tokens=tokens, words=words, centroids=centroids, block=block,
-        first=first, bias_gain=None if bias is None else float(bias_gain),
-    )  # fmt: skip
-    bins = m.call(
+    return m.call(
         functools.partial(_kernel, sizes),
         name="score_bins",
-        out_type=jax.ShapeDtypeStruct((rows, group, tokens // 4), jnp.int32),
-        blocks=rows * (tokens // block),
-        shared_words=padded * BINS + padded,
-    )(*inputs, stop, counts, keys)
-    return (
-        bins.reshape(batch, kv_heads, group, tokens // 4),
-        counts[...].reshape(batch, kv_heads, padded, BINS)[:, :, :group],
-        _from_key(keys[...]).reshape(batch, kv_heads, padded)[:, :, :group],
-    )
+        out_type=jax.ShapeDtypeStruct((batch, kv_heads, group, tokens // 4), jnp.int32),
+        blocks=batch * kv_heads * (tokens // block),
+        shared_words=heads * BINS + heads,
+    )(planes, factors, shift, bits, scale, *([] if bias is None else [bias]), stop, state)
 
 
-def _from_key(key):
-    """Floats from integers of the same order; see `_key`."""
-    bits = jnp.where(key < 0, key ^ 0x7FFFFFFF, key)
-    return jnp.where(key == LEAST_KEY, -jnp.inf, jax.lax.bitcast_convert_type(bits, jnp.float32))
+def state_words(heads: int, blocks: int) -> int:
+    """Words of a kv head's state: counts of bins, the largest score of each head, and a word for each block."""
+    return -(-(heads * (BINS + 1) + blocks) // 256) * 256
+
+
+class State:
+    """Where a row's counts lie in the state: zero before, and each added to by kernels.
+
+    counts [H,256], peaks [H] (see `_key`), blocks [N], for `mosaic_compact`.
+    """
+
+    def __init__(self, ref, row, heads: int, words: int):
+        self._ref, self._start, self._heads = ref, m.multiply(row, words), heads
+
+    def counts(self, head, bin_):
+        return m.address(self._ref, m.add(self._start, m.add(m.multiply(head, BINS), bin_)))
+
+    def peak(self, head):
+        return m.address(self._ref, m.add(self._start, m.add(head, self._heads * BINS)))
+
+    def block(self, index):
+        return m.address(self._ref, m.add(self._start, m.add(index, self._heads * (BINS + 1))))
+
+
+def counts_and_peaks(state, heads: int):
+    """From a state [...,Z]: counts int32 [...,H,256] and the largest scores float32 [...,H], NaN and infinity counting
+    as 3e38 (-inf if there is none)."""
+    counts = state[..., : heads * BINS].reshape(*state.shape[:-1], heads, BINS)
+    key = state[..., heads * BINS : heads * (BINS + 1)]
+    bits = jnp.where(key < 0, key & 0x7FFFFFFF, ~key)
+    return counts, jnp.where(key == 0, -jnp.inf, jax.lax.bitcast_convert_type(bits, jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +130,7 @@ class _Sizes:
     words: int
     centroids: int
     block: int
+    state_words: int
     first: int
     bias_gain: float | None
 
@@ -129,9 +140,9 @@ class _Sizes:
 
 
 def _kernel(sizes: _Sizes, planes, factors, shift, bits, scale, *rest):
-    """planes [R,H,4,W], factors [R,H,3], shift [R,H,C], bits [R,T,W], scale (and bias) [R,T], stop [B]; counts
-    [R,H,256] and keys [R,H], added to; bins [R,G,T/4]; shared memory. R rows of kv heads, H = heads padded to 4."""
-    *bias, stop, counts, keys, bins, shared = rest
+    """planes [R,H,4,W], factors [R,H,3], shift [R,H,C], bits [R,T,W], scale (and bias) [R,T], stop [B]; state [R,Z],
+    added to; bins [R,G,T/4]; shared memory. R rows of kv heads, H = heads padded to 4."""
+    *bias, stop, state, bins, shared = rest
     blocks = sizes.tokens // sizes.block
     row = m.divide(m.block_index(), blocks)
     start = m.multiply(m.subtract(m.block_index(), m.multiply(row, blocks)), sizes.block)
@@ -144,7 +155,7 @@ def _kernel(sizes: _Sizes, planes, factors, shift, bits, scale, *rest):
         peaks = m.loop(
             sizes.block // (STEP_TOKENS * WARPS * UNROLL), score.no_peaks(), lambda i, peaks: score(start, i, peaks)
         )
-        _flush(sizes, row, peaks, shared, counts, keys)
+        _flush(sizes, peaks, shared, State(state, row, sizes.padded, sizes.state_words))
 
     m.when(m.both(m.less(start, stop), m.less(sizes.first, m.add(start, sizes.block))), run)
 
@@ -293,11 +304,11 @@ def _bin(z, top):
 
 
 def _clear_shared(sizes: _Sizes, shared):
-    """Counts to 0, peaks to the least key."""
+    """Counts and peaks to 0."""
     words = sizes.padded * BINS
     for i in range(words // (4 * m.WARPGROUP)):
         m.store_shared(m.add(shared, m.left(m.thread_index(), 4)), [m.value(0)] * 4, offset=16 * m.WARPGROUP * i)
-    clear_peaks = lambda: m.store_shared(_peak_address(sizes, shared), [m.value(LEAST_KEY)])  # noqa: E731
+    clear_peaks = lambda: m.store_shared(_peak_address(sizes, shared), [m.value(0)])  # noqa: E731
     m.when(m.less(m.thread_index(), sizes.padded), clear_peaks)
     m.barrier()
 
@@ -307,7 +318,7 @@ def _peak_address(sizes: _Sizes, shared):
     return m.add(m.add(shared, 4 * sizes.padded * BINS), m.left(m.thread_index(), 2))
 
 
-def _flush(sizes: _Sizes, row, peaks, shared, counts, keys):
+def _flush(sizes: _Sizes, peaks, shared, state: State):
     """Add the block's counts, and its largest scores, to the row's."""
     lane = m.bit_and(m.thread_index(), 31)
     for h, peak in enumerate(peaks):
@@ -321,17 +332,15 @@ def _flush(sizes: _Sizes, row, peaks, shared, counts, keys):
             bin_ = m.add(m.thread_index(), m.WARPGROUP * i)
             four = m.load_shared(m.add(shared, m.left(bin_, 4)), words=4, offset=4 * HEADS * BINS * h)
             for head, count in enumerate(four):
-                place = m.add(m.multiply(m.add(m.multiply(row, sizes.padded), HEADS * h + head), BINS), bin_)
-                m.add_global(m.address(counts, place), count)
+                m.add_global(state.counts(m.value(HEADS * h + head), bin_), count)
 
     def keep_peak():
-        place = m.address(keys, m.add(m.multiply(row, sizes.padded), m.thread_index()))
-        m.max_global(place, m.load_shared(_peak_address(sizes, shared))[0])
+        m.max_global(state.peak(m.thread_index()), m.load_shared(_peak_address(sizes, shared))[0])
 
     m.when(m.less(m.thread_index(), sizes.padded), keep_peak)
 
 
 def _key(x):
-    """An i32 in the order of the f32."""
+    """An unsigned number in the order of the f32, above 0."""
     bits = m.as_int(x)
-    return m.bit_xor(bits, m.bit_and(m.right_signed(bits, 31), 0x7FFFFFFF))
+    return m.bit_xor(bits, m.bit_or(m.right_signed(bits, 31), 0x80000000))

@@ -1,28 +1,36 @@
-"""Scores and Top-p selection in one go, for Hopper GPUs.
+"""Scores and Top-p selection from prepared queries, in two launches; for Hopper GPUs.
 
-score_bins   (Mosaic GPU)  codes and INT4 queries -> one byte a score, counts of bins, the largest score
-threshold, mark, write     as in top_p.py, from bytes instead of scores
+score_bins   codes and bit planes -> one byte a score, counts of bins, the largest score
+compact      counts -> thresholds; bytes -> the list of tokens
 """
 
-import functools
+import jax
 
-from pallas_kernels import mosaic_score_bins
-from pallas_kernels import top_p as top_p_kernels
+from pallas_kernels import mosaic_compact, mosaic_score_bins
 
 
 def takes(bits, key_centroids) -> bool:
-    """Whether the kernel takes codes [B,K,T,W] with centroids [B,K,C,D]."""
+    """Whether the kernels take codes [B,K,T,W] with centroids [B,K,C,D]."""
     tokens, words = bits.shape[2:]
     return mosaic_score_bins.takes(tokens, words, key_centroids.shape[2])
 
 
+def zeros(batch: int, kv_heads: int, group: int, heads: int, tokens: int) -> int:
+    """Words a kv head that `score_and_select` counts in."""
+    return mosaic_score_bins.state_words(heads, mosaic_compact.blocks(batch * kv_heads, tokens, group))
+
+
 def score_and_select(
-    levels, bits, gain, scale, bias, bias_gain, shift, base, exact_lse, quantized, length, *, sink, top_p: float
-):
+    planes, factors, shift, exact_lse, zeros, bits, scale, bias, bias_gain, quantized, length,
+    *, group: int, sink: int, top_p: float,
+):  # fmt: skip
     """`rabitq_jax.scores.proxy_scores_reference`, then `rabitq_jax.top_p.select_reference`: a superset of its tokens.
 
     Args:
-      base: float32 [B,K,G], where the bins begin; best a little above the largest score, and correct in any case.
+      planes, factors, shift, exact_lse, zeros: of `rabitq_jax.prepared_query.PreparedQuery`.
+      bits, scale, bias, bias_gain: as in `proxy_scores_reference`.
+      quantized, length: int32 [B].
+      group: G, the query heads that are real.
 
     Returns:
       indices int32 [B,K,T], counts int32 [B,K], scored int32 [B,K,G], mass float32 [B,K,G].
@@ -30,13 +38,11 @@ def score_and_select(
     Raises:
       NotImplementedError: `takes` is False.
     """
-    bins, counts, peak = mosaic_score_bins.score_bins(
-        levels, bits, gain, scale, bias, bias_gain, shift, base, first=sink, stop=quantized
+    state = jax.new_ref(zeros)
+    bins = mosaic_score_bins.score_bins(
+        planes, factors, shift, bits, scale, bias, bias_gain, state, group=group, first=sink, stop=quantized
     )
-    kept_bins, n_scored, mass = top_p_kernels.kept_bins_of(
-        counts, base, peak, exact_lse,
-        bins=mosaic_score_bins.BINS, bins_per_nat=mosaic_score_bins.BINS_PER_NAT, top_p=top_p,
-    )  # fmt: skip
-    mark = functools.partial(top_p_kernels.mark_bins_kernel, sink=sink)
-    indices, n_attended = top_p_kernels.list_tokens(mark, [kept_bins, bins], quantized, length, tokens=bits.shape[2])
-    return indices, n_attended, n_scored, mass
+    indices, counts, scored, mass = mosaic_compact.compact(
+        bins, factors, exact_lse, state, quantized, length, sink=sink, top_p=top_p
+    )
+    return indices, counts, scored[:, :, :group], mass[:, :, :group]

@@ -14,10 +14,8 @@ from rabitq_jax import codes as key_codes
 from rabitq_jax.cache import Cache, LayerCache, append, init_codes, layer_rotation_key
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.dense_attention import decode_attention, prefill_attention
-from rabitq_jax.exact_logsumexp import exact_logsumexp
 from rabitq_jax.gathered_attention import gathered_attention
-from rabitq_jax.selection import select_tokens
-from rabitq_jax.top_p import Selection
+from rabitq_jax.selection import choose_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -88,31 +86,8 @@ def decode(
     return out.reshape(query.shape).astype(query.dtype), cache, stats
 
 
-def choose_tokens(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key) -> Selection:
-    """The tokens that Top-p selects from a cache that already holds the new token.
-
-    Args:
-      query: [B,K,G,D].
-      cache: with codes.
-    """
-    assert cache.codes is not None
-    quantized = key_codes.quantize_query(
-        query, cache.codes.rotation, cache.codes.query_centroid, rounding=config.query_rounding, key=prng_key
-    )
-    exact_lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
-    if config.top_p_scope == "all":
-        exact_lse = exact_logsumexp(
-            query, cache.keys, cache.quantized, cache.length,
-            sink=config.sink, window=config.window, softmax_scale=softmax_scale, implementation=config.attend,
-        )  # fmt: skip
-    return select_tokens(
-        query, quantized, cache.codes, exact_lse, cache.quantized, cache.length,
-        softmax_scale=softmax_scale, config=config,
-    )  # fmt: skip
-
-
 def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key):
-    """Attention over the tokens that `choose_tokens` selects; arguments as there.
+    """Attention over the tokens that `choose_tokens` selects; arguments as of `rabitq_jax.selection.choose_tokens`.
 
     Returns:
       float32 [B,K,G,D] and stats.

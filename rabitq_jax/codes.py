@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import quantize_keys as quantize_keys_kernel
+from pallas_kernels import threefry
 from rabitq_jax._dispatch import select
 from rabitq_jax.config import QueryRounding
 
@@ -128,14 +129,28 @@ def quantize_query(query, rotation, query_centroid, *, rounding: QueryRounding, 
     rotated = jnp.einsum("bkgd,cd->bkgc", centred, rotation, precision="highest")
     step = jnp.max(jnp.abs(rotated), axis=-1) / QUERY_LEVEL
     ratio = rotated / jnp.where(step == 0, 1.0, step)[..., None]
-    if rounding == "random":
-        if key is None:
-            raise ValueError("query_rounding 'random' needs a PRNG key: pass key=jax.random.key(...), or use 'nearest'")
-        # The uniform number is below 1 - 2^-23, but the sum may still round up to 8.
-        levels = jnp.minimum(jnp.floor(ratio + jax.random.uniform(key, ratio.shape)), QUERY_LEVEL)
-    else:
-        levels = jnp.round(ratio)
+    noise = 0.5
+    seed = rounding_seed(rounding, key)
+    if seed is not None:
+        noise = threefry.uniform(seed, jnp.arange(ratio.size, dtype=jnp.uint32).reshape(ratio.shape))
+    # The uniform number is below 1 - 2^-23, but the sum may still round up to 8.
+    levels = jnp.minimum(jnp.floor(ratio + noise), QUERY_LEVEL)
     return Int4Query(levels=levels.astype(jnp.int8), step=step)
+
+
+def rounding_seed(rounding: QueryRounding, key: jax.Array | None) -> jax.Array | None:
+    """uint32 [2], the seed of random rounding's numbers; None for rounding to nearest.
+
+    Raises:
+      ValueError: rounding is "random" and there is no key.
+    """
+    if rounding == "nearest":
+        return None
+    if key is None:
+        raise ValueError("query_rounding 'random' needs a PRNG key: pass key=jax.random.key(...), or use 'nearest'")
+    if jax.random.key_impl(key) == "threefry2x32":
+        return jax.random.key_data(key)
+    return jax.random.bits(key, (2,), jnp.uint32)
 
 
 def update_codes_reference(keys, codes: KeyCodes, first_block, stop_block, *, interval: int, max_blocks: int):

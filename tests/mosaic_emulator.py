@@ -27,16 +27,18 @@ class Emulator:
 
         def run(*inputs):
             memories = [_words(x) for x in inputs]
-            out = np.zeros(out_type.shape, np.uint32)
+            types = out_type if isinstance(out_type, tuple) else (out_type,)
+            outs = [np.zeros(x.shape, np.uint32) for x in types]
             for self.block in range(blocks):
                 self.mask = np.ones(WARPGROUP, bool)
                 # Shared memory holds anything when a block begins.
                 self.shared = np.full(shared_words, 0xDEADBEEF, np.uint32)
-                body(*memories, out.reshape(-1), None)
+                body(*memories, *(out.reshape(-1) for out in outs), None)
             for x, memory in zip(inputs, memories, strict=True):
                 if not isinstance(x, jax.Array):
                     x[...] = jnp.asarray(memory.view(x.dtype).reshape(x.shape))
-            return jnp.asarray(out.view(out_type.dtype))
+            results = tuple(jnp.asarray(out.view(x.dtype)) for out, x in zip(outs, types, strict=True))
+            return results if isinstance(out_type, tuple) else results[0]
 
         return run
 
@@ -58,13 +60,49 @@ class Emulator:
     right = _integers(np.right_shift)
     right_signed = _integers(lambda a, b: np.right_shift(a.view(np.int32), b.view(np.int32)).view(np.uint32))
     bit_and = _integers(np.bitwise_and)
+    bit_or = _integers(np.bitwise_or)
     bit_xor = _integers(np.bitwise_xor)
+
+    minimum_signed = _integers(lambda a, b: np.minimum(a.view(np.int32), b.view(np.int32)).view(np.uint32))
+    maximum_signed = _integers(lambda a, b: np.maximum(a.view(np.int32), b.view(np.int32)).view(np.uint32))
 
     def both(self, a, b):
         return a & b
 
+    def either(self, a, b):
+        return a | b
+
     def less(self, a, b):
         return self.value(a) < self.value(b)
+
+    def not_less(self, a, b):
+        return self.value(a) >= self.value(b)
+
+    less_float, not_less_float = less, not_less
+
+    def majority(self, a, b, c):
+        return (a & b) | (a & c) | (b & c)
+
+    def count_ones(self, x):
+        return np.bitwise_count(x).astype(np.uint32)
+
+    def _floats(operation):  # noqa: N805
+        def run(self, a, b):
+            with np.errstate(invalid="ignore", over="ignore"):
+                return operation(self.value(a), self.value(b)).astype(np.float32)
+
+        return run
+
+    add_float, subtract_float = _floats(np.add), _floats(np.subtract)
+    multiply_float, divide_float = _floats(np.multiply), _floats(np.divide)
+
+    def to_float(self, x):
+        return x.astype(np.float32)
+
+    def exp2(self, x):
+        # Numbers below the normal ones are flushed to zero.
+        power = np.exp2(x)
+        return np.where(power < np.finfo(np.float32).tiny, np.float32(0), power).astype(np.float32)
 
     def select(self, condition, a, b):
         return np.where(condition, self.value(a), self.value(b))
@@ -109,6 +147,19 @@ class Emulator:
         for i, x in enumerate(values):
             at.memory[(at.word + offset // 4 + i)[wanted]] = x[wanted]
 
+    def store_ones(self, at, mask, first):
+        for thread in np.flatnonzero(self.mask):
+            ones = [i for i in range(32) if mask[thread] >> i & 1]
+            at.memory[at.word[thread] : at.word[thread] + len(ones)] = first[thread] + np.array(ones, np.uint32)
+
+    def publish(self, at, x):
+        self.store(at, [x])
+
+    def wait_published(self, at):
+        (published,) = self.load(at)
+        assert np.all((published != 0) | ~self.mask), "a wait for a block that has not run"
+        return published
+
     def load_shared(self, at, *, words=1, offset=0):
         return [self.shared[np.where(self.mask, (at + offset) // 4 + i, 0)] for i in range(words)]
 
@@ -120,16 +171,22 @@ class Emulator:
         np.add.at(self.shared, ((at + offset) // 4)[self.mask & (where != 0)], np.uint32(1))
 
     def max_shared(self, at, x):
-        np.maximum.at(self.shared.view(np.int32), (at // 4)[self.mask], x.view(np.int32)[self.mask])
+        np.maximum.at(self.shared, (at // 4)[self.mask], x[self.mask])
 
     def add_global(self, at, x):
         np.add.at(at.memory, at.word[self.mask], x[self.mask])
 
     def max_global(self, at, x):
-        np.maximum.at(at.memory.view(np.int32), at.word[self.mask], x.view(np.int32)[self.mask])
+        np.maximum.at(at.memory, at.word[self.mask], x[self.mask])
 
     def shuffle_xor(self, x, lanes):
         return x[THREADS ^ lanes]
+
+    def shuffle_up(self, x, lanes):
+        return np.where(THREADS % 32 < lanes, x, x[THREADS - np.where(THREADS % 32 < lanes, 0, lanes)])
+
+    def shuffle(self, x, lane):
+        return x[THREADS // 32 * 32 + lane]
 
     def maximum(self, a, b):
         return np.fmax(self.value(a), self.value(b))
@@ -164,7 +221,7 @@ class Emulator:
         self.mask = outer
 
     def loop(self, count, carried, body):
-        for i in range(count):
+        for i in range(int(np.max(self.value(count)))):
             carried = body(self.value(i), carried)
         return carried
 

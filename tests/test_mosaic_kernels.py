@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from benchmarks.shapes import Shape
-from pallas_kernels import mosaic_score_bins, mosaic_top_p
+from pallas_kernels import mosaic_compact, mosaic_score_bins, mosaic_top_p
+from pallas_kernels.popcount_scores import bit_planes
+from pallas_kernels.prepare_query import padded_heads
 from rabitq_jax import attention
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.cache import init_layer_cache
-from rabitq_jax.codes import pack_bits, quantize_query, update_codes
+from rabitq_jax.codes import pack_bits
 from rabitq_jax.config import RaBitQConfig
-from rabitq_jax.scores import centroid_shift, proxy_scores, proxy_scores_reference
-from rabitq_jax.selection import likely_peak
+from rabitq_jax.scores import proxy_scores_reference
 from rabitq_jax.top_p import select_reference
 from tests.kernel_cases import lengths, score_inputs
 from tests.mosaic_emulator import Emulator
@@ -45,6 +46,43 @@ def inputs(shape, *, centroids=4, bias=False, sharpness=1.0):
 def ranges(shape):
     length = lengths(shape, seed=3)
     return length // 64 * 64 - 64, length
+
+
+def padded(x):
+    """Heads [B,K,G,...] to a multiple of 4, with zeros."""
+    extra = padded_heads(x.shape[2]) - x.shape[2]
+    return jnp.pad(x, [(0, 0), (0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 3))
+
+
+def prepared(levels, gain, base):
+    """Bit planes and factors, as `prepare_query` gives them."""
+    minus_sum = -jnp.sum(levels, axis=-1).astype(jnp.float32)
+    return padded(bit_planes(levels)), padded(jnp.stack([gain, minus_sum, base], axis=-1))
+
+
+def zeros(shape):
+    size = mosaic_top_p.zeros(shape.batch, shape.kv_heads, shape.group, padded_heads(shape.group), shape.tokens)
+    return jnp.zeros((shape.batch, shape.kv_heads, size), jnp.int32)
+
+
+def score_bins(shape, levels, bits, gain, scale, bias, bias_gain, shift, base, *, stop):
+    """The kernel: bins, and of the state it leaves the counts and peaks of the real heads."""
+    planes, factors = prepared(levels, gain, base)
+    state = jax.new_ref(zeros(shape))
+    bins = mosaic_score_bins.score_bins(
+        planes, factors, padded(shift), bits, scale, bias, bias_gain, state, group=shape.group, first=FIRST, stop=stop
+    )
+    counts, peak = mosaic_score_bins.counts_and_peaks(state[...], padded_heads(shape.group))
+    return bins, counts[:, :, : shape.group], peak[:, :, : shape.group]
+
+
+def select(shape, arguments, base, exact_lse, quantized, length, *, top_p):
+    levels, bits, gain, scale, bias, bias_gain, shift = arguments
+    planes, factors = prepared(levels, gain, base)
+    return mosaic_top_p.score_and_select(
+        planes, factors, padded(shift), padded(exact_lse), zeros(shape), bits, scale, bias, bias_gain, quantized,
+        length, group=shape.group, sink=FIRST, top_p=top_p,
+    )  # fmt: skip
 
 
 def score_bins_reference(*arguments, first, stop):
@@ -79,7 +117,7 @@ def check_bins(shape, arguments, stop, score_bins):
     return bins[scored], counts, peak
 
 
-def check_selection(shape, sharpness, offset):
+def check_selection(shape, sharpness, offset, *, top_p=0.9, jit=lambda run: run):
     """score_and_select, with bins that begin `offset` nats above the largest score, against the definition."""
     arguments = inputs(shape, sharpness=sharpness)
     quantized, length = ranges(shape)
@@ -87,13 +125,10 @@ def check_selection(shape, sharpness, offset):
     exact_lse = jnp.full(z.shape[:3], -jnp.inf)
     scored = (jnp.arange(shape.tokens) >= FIRST) & (jnp.arange(shape.tokens) < quantized[:, None])
     base = jnp.max(jnp.where(scored[:, None, None], z, -jnp.inf), axis=-1) + offset
-    run = jax.jit(
-        lambda *a: mosaic_top_p.score_and_select(
-            *a[:5], arguments[5], *a[5:8], quantized, length, sink=FIRST, top_p=0.9
-        )
-    )
-    indices, counts, n_scored, mass = run(*arguments[:5], arguments[6], base, exact_lse)
-    want = select_reference(z, exact_lse, quantized, length, sink=FIRST, top_p=0.9)
+    front, gain, shift = arguments[:5], arguments[5], arguments[6]
+    run = jit(lambda *a: select(shape, (*a[:5], gain, a[5]), *a[6:], top_p=top_p))
+    indices, counts, n_scored, mass = run(*front, shift, base, exact_lse, quantized, length)
+    want = select_reference(z, exact_lse, quantized, length, sink=FIRST, top_p=top_p)
     z = np.asarray(z, np.float64)
     for b, k in np.ndindex(counts.shape):
         chosen = np.asarray(indices[b, k, : counts[b, k]])
@@ -104,10 +139,18 @@ def check_selection(shape, sharpness, offset):
         among = np.arange(FIRST, int(quantized[b]))
         for g in range(shape.group):
             weight = np.exp(z[b, k, g, among] - z[b, k, g, among].max())
-            assert weight[np.isin(among, chosen)].sum() >= 0.9 * (1 - SLACK) * weight.sum()
-    assert np.all((np.asarray(mass) >= 0.9) & (np.asarray(mass) <= 1))
-    if offset >= 0:
+            assert weight[np.isin(among, chosen)].sum() >= top_p * (1 - SLACK) * weight.sum()
+    assert np.all((np.asarray(mass) >= top_p) & (np.asarray(mass) <= 1))
+    if offset >= 0 and top_p < 1:
         assert np.asarray(n_scored).mean() <= 1.4 * np.asarray(want.scored).mean() + 2
+    if top_p == 1:
+        np.testing.assert_array_equal(counts, jnp.broadcast_to(length[:, None], counts.shape))
+
+
+def emulate(monkeypatch):
+    emulator = Emulator()
+    for module in (mosaic_score_bins, mosaic_compact):
+        monkeypatch.setattr(module, "m", emulator)
 
 
 @pytest.mark.parametrize(
@@ -120,84 +163,123 @@ def check_selection(shape, sharpness, offset):
     ],
     ids=str,
 )
-def test_the_kernel_in_an_emulator(shape, bias, monkeypatch):
+def test_score_bins_in_an_emulator(shape, bias, monkeypatch):
     """Every fragment and address of the kernel, with the instructions' layouts from the PTX manual."""
-    monkeypatch.setattr(mosaic_score_bins, "m", Emulator())
+    emulate(monkeypatch)
     arguments = inputs(shape, bias=bias)
     stop, _ = ranges(shape)
-    check_bins(shape, arguments, stop, lambda *a: mosaic_score_bins.score_bins(*a, first=FIRST, stop=stop))
+    check_bins(shape, arguments, stop, lambda *a: score_bins(shape, *a, stop=stop))
 
 
 def test_the_kernel_scores_nothing_where_codes_end_before_the_first_token(monkeypatch):
-    monkeypatch.setattr(mosaic_score_bins, "m", Emulator())
+    emulate(monkeypatch)
     shape = Shape(2, 1, 2, 512, 128)
-    *front, shift = inputs(shape)
     stop = jnp.array([FIRST - 8, 0])
-    _, counts, peak = mosaic_score_bins.score_bins(*front, shift, jnp.zeros((2, 1, 2)), first=FIRST, stop=stop)
+    _, counts, peak = score_bins(shape, *inputs(shape), jnp.zeros((2, 1, 2)), stop=stop)
     assert np.all(counts == 0) and np.all(np.isneginf(peak))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_the_kernel_puts_a_score_that_is_no_number_into_the_best_bin(bad, monkeypatch):
-    monkeypatch.setattr(mosaic_score_bins, "m", Emulator())
+    emulate(monkeypatch)
     shape = Shape(1, 1, 2, 512, 128)
     levels, bits, gain, _, *rest = inputs(shape)
     # Factors of 1 and a bit for every positive level: the score is not negative, and infinity stays positive.
     bits = jnp.broadcast_to(pack_bits(levels[:, :, :1] > 0), bits.shape)
     scale = jnp.ones((1, 1, 512), jnp.bfloat16).at[0, 0, 100].set(bad)
-    words, counts, peak = mosaic_score_bins.score_bins(
-        levels, bits, gain, scale, *rest, jnp.full((1, 1, 2), 1e4), first=FIRST, stop=jnp.array([512])
+    words, counts, peak = score_bins(
+        shape, levels, bits, gain, scale, *rest, jnp.full((1, 1, 2), 1e4), stop=jnp.array([512])
     )
     assert np.asarray(words).view(np.uint8)[0, 0, 0, 100] == 0
     assert counts[0, 0, 0, 0] == 1 and peak[0, 0, 0] == np.float32(3e38)
 
 
-@pytest.mark.parametrize("offset", [-20.0, -3.0, 0.0, 5.0])
+@pytest.mark.parametrize("top_p", [0.05, 0.9, 1.0])
+@pytest.mark.parametrize("offset", [-20.0, 0.0, 5.0])
 @pytest.mark.parametrize("sharpness", [0.1, 5.0])
-def test_selection_from_bins(sharpness, offset, monkeypatch):
-    monkeypatch.setattr(mosaic_score_bins, "score_bins", score_bins_reference)
-    check_selection(Shape(2, 1, 3, 512, 128), sharpness, offset)
+def test_selection_in_an_emulator(sharpness, offset, top_p, monkeypatch):
+    emulate(monkeypatch)
+    check_selection(Shape(2, 1, 3, 512, 128), sharpness, offset, top_p=top_p)
 
 
-@pytest.mark.parametrize("deviation", [0.5, 4.0, 20.0])
-def test_bins_begin_near_the_largest_score(deviation):
-    """The guess from a sample is within a few deviations of the largest of normal scores, in each of 32 heads."""
-    shape = Shape(2, 4, 4, 8192, 128)
-    keys = jax.random.split(jax.random.key(0), 3)
-    config = RaBitQConfig()
-    cache = init_layer_cache(shape.batch, shape.tokens, shape.kv_heads, shape.head_dim, config)
-    assert cache.codes is not None
-    held = jax.random.normal(keys[0], cache.keys.shape, jnp.bfloat16)
-    query = deviation * jax.random.normal(keys[1], (2, 4, 4, 128))
-    quantized = jnp.array([8192, 1024])
-    codes = update_codes(held, cache.codes, jnp.zeros(2, jnp.int32), quantized // 128, interval=128, max_blocks=64)
-    levels = quantize_query(query, codes.rotation, None, rounding="nearest")
-    scale = 128**-0.5
-    z = proxy_scores(query, levels, codes, quantized, softmax_scale=scale)
-    largest = jnp.max(jnp.where((jnp.arange(8192) < quantized[:, None])[:, None, None], z, -jnp.inf), axis=-1)
-    shift = centroid_shift(query, codes, scale)
-    base = likely_peak(levels, levels.step * scale, codes, scale, shift, 16, quantized)
-    assert np.all(np.abs(base - 2 - largest) < 2.5 * deviation)
+def bin_state(shape, counts, peak):
+    """State that `score_bins` would leave: counts [B,K,H,256], peaks [B,K,H]."""
+    bits = jax.lax.bitcast_convert_type(peak, jnp.int32)
+    key = jnp.where(jnp.isneginf(peak), 0, jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31))))
+    flat = jnp.concatenate([counts.reshape(*counts.shape[:2], -1), key], axis=-1)
+    return jnp.zeros_like(zeros(shape)).at[..., : flat.shape[-1]].set(flat)
+
+
+def kept_bins(counts, base, peak, exact_lse, top_p):
+    """How many bins surely hold the share, of one head, in float64."""
+    highest = max(base, peak)
+    upper_edge = np.exp(base - highest - np.arange(256) / 8)
+    upper, lower = counts * upper_edge, counts * upper_edge * np.exp(-1 / 8)
+    upper[0], lower[255] = counts[0], 0
+    if counts[0]:
+        lower[0] = (counts[0] - 1) * upper_edge[0] * np.exp(-1 / 8) + np.exp(peak - highest)
+    exact = np.exp(min(exact_lse - highest, 60))
+    for kept in range(257):
+        held, dropped = exact + lower[:kept].sum(), upper[kept:].sum()
+        if held >= top_p * (1 + 1e-5) * (held + dropped):
+            return kept
+    return 256
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize("shape", [Shape(2, 2, 5, 10240, 128), Shape(3, 1, 1, 1536, 128)], ids=str)
+def test_compact_in_an_emulator(shape, top_p, monkeypatch):
+    """Several blocks and passes; every bin; exact tokens that hold nothing, much and all; rows with none and one."""
+    emulate(monkeypatch)
+    rng = np.random.default_rng(0)
+    heads = (shape.batch, shape.kv_heads, shape.group)
+    quantized = jnp.array([shape.tokens - 100, 0, 200][: shape.batch])
+    length = jnp.array([shape.tokens - 37, 1, 203][: shape.batch])
+    bins = np.clip(rng.normal(90, 50, (*heads, shape.tokens)), 0, 255).astype(np.uint8)
+    scored = (np.arange(shape.tokens) >= FIRST) & (np.arange(shape.tokens) < quantized[:, None])
+    scored = np.broadcast_to(scored[:, None, None], bins.shape)
+    counts = np.zeros((*heads[:2], padded_heads(shape.group), 256), np.int32)
+    for index in np.ndindex(heads):
+        counts[index] = np.bincount(bins[index][scored[index]], minlength=256)
+    base = rng.normal(0, 5, heads).astype(np.float32)
+    peak = np.where(scored.any(-1), base + rng.normal(1, 2, heads), -np.inf).astype(np.float32)
+    exact_lse = (base + rng.choice([-np.inf, -8.0, 0.0, 100.0], heads)).astype(np.float32)
+    factors = padded(jnp.stack([jnp.zeros(heads)] * 2 + [jnp.asarray(base)], axis=-1))
+    indices, attended, n_scored, _ = mosaic_compact.compact(
+        jnp.asarray(bins.view(np.int32)), factors, padded(jnp.asarray(exact_lse)),
+        jax.new_ref(bin_state(shape, jnp.asarray(counts), padded(jnp.asarray(peak)))), quantized, length,
+        sink=FIRST, top_p=top_p,
+    )  # fmt: skip
+    held = np.arange(shape.tokens) < np.asarray(length)[:, None]
+    for b, k in np.ndindex(heads[:2]):
+        want = held[b] & ~scored[b, k, 0]
+        for g in range(shape.group):
+            at = b, k, g
+            kept = kept_bins(counts[at].astype(float), float(base[at]), float(peak[at]), float(exact_lse[at]), top_p)
+            assert n_scored[at] == counts[at][:kept].sum()
+            want |= scored[at] & (bins[at] < kept)
+        np.testing.assert_array_equal(indices[b, k, : attended[b, k]], np.flatnonzero(want))
 
 
 @pytest.mark.kernel
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
-def test_score_bins_lower_inside_a_loop(shape, bias, monkeypatch):
-    *front, bias_values, bias_gain, shift = inputs(shape, bias=bias)
+def test_selection_lowers_inside_a_loop(shape, bias, monkeypatch):
+    arguments = inputs(shape, bias=bias)
+    front, gain, shift = arguments[:5], arguments[5], arguments[6]
+    quantized, length = ranges(shape)
+    heads = jnp.zeros(shift.shape[:3])
 
-    def run(front, bias_values, shift):
+    def run(front, shift, heads):
         def step(_, total):
-            bins, counts, peak = mosaic_score_bins.score_bins(
-                *front, bias_values, bias_gain, shift, jnp.zeros(shift.shape[:3]), first=FIRST,
-                stop=jnp.full((shape.batch,), 256, jnp.int32),
-            )  # fmt: skip
-            return total + counts.sum() + bins.sum() + peak.sum()
+            chosen = select(shape, (*front, gain, shift), heads + total, heads, quantized, length, top_p=0.9)
+            return total + sum(jnp.sum(x) for x in chosen)
 
         return jax.lax.fori_loop(0, 2, step, 0.0)
 
-    assert "score_bins" in kernel_text(monkeypatch, run, front, bias_values, shift)
+    text = kernel_text(monkeypatch, run, front, shift, heads)
+    assert "score_bins" in text and "compact" in text
 
 
 @pytest.mark.gpu
@@ -209,16 +291,16 @@ class TestOnHopper:
         arguments = inputs(shape, centroids=centroids, bias=bias)
         stop, _ = ranges(shape)
         gain = arguments[5]
-        jitted = jax.jit(lambda *a: mosaic_score_bins.score_bins(*a[:5], gain, *a[5:], first=FIRST, stop=stop))
+        jitted = jax.jit(lambda *a: score_bins(shape, *a[:5], gain, *a[5:], stop=stop))
         runs = [check_bins(shape, arguments, stop, lambda *a: jitted(*a[:5], *a[6:])) for _ in range(2)]
         for first, second in zip(*runs, strict=True):
             np.testing.assert_array_equal(first, second)
 
     @pytest.mark.parametrize("offset", [-20.0, -3.0, 0.0, 5.0])
     @pytest.mark.parametrize("sharpness", [0.1, 1.0, 5.0])
-    @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_selection_is_a_superset_that_holds_the_share(self, shape, sharpness, offset):
-        check_selection(shape, sharpness, offset)
+        check_selection(shape, sharpness, offset, jit=jax.jit)
 
     def test_decoding_at_p_one_equals_dense_attention(self):
         config = RaBitQConfig(top_p=1.0, select="mosaic")

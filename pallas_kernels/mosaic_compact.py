@@ -1,0 +1,322 @@
+"""Top-p on counted bins, and the list of the tokens it keeps, in one launch; for Hopper GPUs.
+
+    a warp, each head in turn     counts of bins, 8 a lane -> sums from the best bin down -> how many bins are kept
+    a thread, 16 tokens in turn   bytes of all heads, compared as packed words -> 16 bits, sinks and window beside
+    a block                       its tokens' place behind those of the blocks before, which wait for no block behind
+    a thread                      tokens of its bits, to the list
+
+Every block finds the thresholds anew: that takes less than a launch. Lists are in ascending order, and mass is p or
+more whatever the rounding: a kept bin counts with its lower edge, a dropped one with its upper edge.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _mosaic as m
+from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT, State
+from pallas_kernels.top_p import SLACK
+
+LANE_BINS = BINS // 32
+LANE_TOKENS = 16
+PASS_TOKENS = LANE_TOKENS * m.WARPGROUP
+# Passes of a block: so many that the blocks fill the device, and that their loads fit into registers.
+BLOCKS, LARGEST_PASSES, PASS_LOADS = 1024, 4, 16
+LOG2_E = math.log2(math.e)
+
+
+def passes(rows: int, tokens: int, group: int) -> int:
+    """Passes of `PASS_TOKENS` tokens that a block makes."""
+    wanted = rows * tokens // (PASS_TOKENS * BLOCKS)
+    return max(1, min(wanted, LARGEST_PASSES, PASS_LOADS // group))
+
+
+def blocks(rows: int, tokens: int, group: int) -> int:
+    """Blocks of a row."""
+    return -(-tokens // (PASS_TOKENS * passes(rows, tokens, group)))
+
+
+def compact(bins, factors, exact_lse, state, quantized, length, *, sink: int, top_p: float):
+    """The tokens that Top-p keeps, sinks and window included.
+
+    Args:
+      bins: int32 [B,K,G,T/4], of `mosaic_score_bins.score_bins`.
+      factors: float32 [B,K,H,3]; the last factor is where the bins begin.
+      exact_lse: float32 [B,K,H].
+      state: a reference, int32 [B,K,Z], as `score_bins` leaves it.
+      quantized, length: int32 [B].
+
+    Returns:
+      indices int32 [B,K,T], ascending, undefined at or past the count; counts int32 [B,K]; scored int32 [B,K,H], tokens
+      in kept bins; mass float32 [B,K,H], share of the estimated mass that these hold.
+    """
+    batch, kv_heads, group, quarter = bins.shape
+    rows, heads, tokens = batch * kv_heads, factors.shape[2], 4 * quarter
+    sizes = _Sizes(
+        kv_heads=kv_heads, group=group, heads=heads, tokens=tokens, passes=passes(rows, tokens, group),
+        blocks=blocks(rows, tokens, group), state_words=state.shape[-1], sink=sink, top_p=float(top_p),
+    )  # fmt: skip
+    out = functools.partial(jax.ShapeDtypeStruct, (batch, kv_heads, heads))
+    return m.call(
+        functools.partial(_kernel, sizes),
+        name="compact",
+        out_type=(
+            jax.ShapeDtypeStruct((batch, kv_heads, tokens), jnp.int32),
+            jax.ShapeDtypeStruct((batch, kv_heads), jnp.int32),
+            out(jnp.int32),
+            out(jnp.float32),
+        ),
+        blocks=rows * sizes.blocks,
+        shared_words=heads + 4 * sizes.passes + 1,
+    )(bins, factors, exact_lse, quantized, length, state)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    kv_heads: int
+    group: int
+    heads: int
+    tokens: int
+    passes: int
+    blocks: int
+    state_words: int
+    sink: int
+    top_p: float
+
+    @property
+    def block_tokens(self) -> int:
+        return PASS_TOKENS * self.passes
+
+
+def _kernel(sizes: _Sizes, bins, factors, exact_lse, quantized, length, state, indices, counts, scored, mass, shared):
+    """bins [R,G,T/4], factors [R,H,3], exact_lse [R,H], quantized and length [B], state [R,Z]; indices [R,T], counts
+    [R], scored and mass [R,H]; shared memory: kept bins [H], kept tokens of each warp [passes,4], the block's place."""
+    row = m.divide(m.block_index(), sizes.blocks)
+    block = m.subtract(m.block_index(), m.multiply(row, sizes.blocks))
+    start = m.multiply(block, sizes.block_tokens)
+    sequence = m.divide(row, sizes.kv_heads)
+    quantized, length = (m.load(m.address(x, sequence))[0] for x in (quantized, length))
+    state = State(state, row, sizes.heads, sizes.state_words)
+    shared = m.shared_address(shared)
+
+    def run():
+        words = _load_bins(sizes, bins, row, start)
+        _thresholds(sizes, row, block, factors, exact_lse, state, scored, mass, shared)
+        m.barrier()
+        masks = _masks(sizes, words, start, quantized, length, shared)
+        place, total = _places(sizes, masks, block, state, shared)
+        first = m.multiply(row, sizes.tokens)
+        for i, (mask, at) in enumerate(zip(masks, place, strict=True)):
+            m.store_ones(m.address(indices, m.add(first, at)), mask, _token(start, i))
+        last = m.both(m.less(m.thread_index(), 1), m.not_less(m.add(start, sizes.block_tokens), length))
+        m.when(last, lambda: m.store(m.address(counts, row), [total]))
+
+    # The first block of an empty row says that it is empty.
+    m.when(m.either(m.less(start, length), m.less(block, 1)), run)
+
+
+def _token(start, i: int):
+    """First token of this thread in pass i."""
+    return m.add(m.add(start, i * PASS_TOKENS), m.multiply(m.thread_index(), LANE_TOKENS))
+
+
+def _load_bins(sizes: _Sizes, bins, row, start):
+    """Words of this thread's tokens, [pass][head][word]."""
+
+    def load(i, head):
+        # A block may reach past the capacity, where no token is attended.
+        token = m.minimum_signed(_token(start, i), sizes.tokens - LANE_TOKENS)
+        word = m.multiply(m.add(m.multiply(row, sizes.group), head), sizes.tokens // 4)
+        return m.load(m.address(bins, m.add(word, m.right(token, 2))), words=4)
+
+    return [[load(i, head) for head in range(sizes.group)] for i in range(sizes.passes)]
+
+
+def _thresholds(sizes: _Sizes, row, block, factors, exact_lse, state, scored, mass, shared):
+    """Kept bins of each head to shared memory; their tokens and mass to the row's results."""
+    warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), 31)
+    for group in range(sizes.heads // 4):
+        head = m.add(warp, 4 * group)
+        place = m.add(m.multiply(row, sizes.heads), head)
+        base = m.as_float(m.load(m.address(factors, m.add(m.multiply(place, 3), 2)))[0])
+        lse = m.as_float(m.load(m.address(exact_lse, place))[0])
+        peak = _from_key(m.load(state.peak(head))[0])
+        at = state.counts(head, m.multiply(lane, LANE_BINS))
+        counts = [count for i in range(LANE_BINS // 4) for count in m.load(at, words=4, offset=16 * i)]
+        kept, tokens, share = _threshold(sizes.top_p, lane, counts, base, peak, lse)
+
+        def store(head=head, place=place, kept=kept, tokens=tokens, share=share):
+            m.store_shared(m.add(shared, m.left(head, 2)), [kept])
+
+            def report():
+                m.store(m.address(scored, place), [tokens])
+                m.store(m.address(mass, place), [m.as_int(share)])
+
+            m.when(m.less(block, 1), report)
+
+        m.when(m.less(lane, 1), store)
+
+
+def _threshold(top_p: float, lane, counts, base, peak, exact_lse):
+    """How many bins, best first, surely hold the share: kept bins i32, tokens in them i32, estimated mass f32.
+
+    Bin i holds scores from i to i + 1 bins' width below base; bin 0 also those above it, the largest being peak.
+    """
+    # Masses are relative to the largest score or to base, whichever is higher.
+    highest = m.maximum(base, peak)
+    first_bin = m.multiply(lane, LANE_BINS)
+    top = m.multiply_float(m.subtract_float(base, highest), LOG2_E)
+    narrow = LOG2_E / BINS_PER_NAT
+    largest = m.exp2(m.multiply_float(m.subtract_float(peak, highest), LOG2_E))
+    # An exact mass far above the peak needs no more precision than this.
+    exact = m.exp2(m.minimum(m.multiply_float(m.subtract_float(exact_lse, highest), LOG2_E), 60 * LOG2_E))
+    is_first = m.less(lane, 1)
+    upper, lower = [], []
+    for i, count in enumerate(counts):
+        number = m.to_float(count)
+        depth = m.to_float(m.add(first_bin, i))
+        edge = m.exp2(m.fma(depth, -narrow, top))
+        below = m.multiply_float(edge, math.exp(-1 / BINS_PER_NAT))
+        high, low = m.multiply_float(number, edge), m.multiply_float(number, below)
+        if i == 0:
+            # The largest score is known, and lies in bin 0 if anything does.
+            others = m.fma(m.subtract_float(number, 1.0), below, largest)
+            low = m.select(is_first, m.select(m.less(count, 1), 0.0, others), low)
+            high = m.select(is_first, number, high)
+        if i == LANE_BINS - 1:
+            low = m.select(m.less(lane, 31), low, 0.0)
+        upper.append(high)
+        lower.append(low)
+    kept_lower, kept_upper = _running_sums(lane, lower), _running_sums(lane, upper)
+    all_upper = m.shuffle(kept_upper[-1], 31)
+
+    def short(kept_lower, kept_upper):
+        """1 where the bins so far may not hold the share; 1 with NaN."""
+        dropped = m.maximum(m.subtract_float(all_upper, kept_upper), 0.0)
+        held = m.add_float(exact, kept_lower)
+        enough = m.not_less_float(held, m.multiply_float(m.add_float(held, dropped), top_p * (1 + SLACK)))
+        return m.select(enough, 0, 1)
+
+    if top_p == 1:
+        kept = m.value(BINS)
+    else:
+        number = functools.reduce(m.add, map(short, kept_lower, kept_upper))
+        number = m.minimum_signed(m.add(_warp_sum(number, m.add), 1), BINS)
+        kept = m.select(m.less(short(m.value(0.0), m.value(0.0)), 1), 0, number)
+    middle = [m.multiply_float(m.add_float(a, b), 0.5) for a, b in zip(upper, lower, strict=True)]
+    is_kept = [m.less(m.add(first_bin, i), kept) for i in range(LANE_BINS)]
+    dropped = [m.select(k, 0.0, x) for k, x in zip(is_kept, middle, strict=True)]
+    tokens = [m.select(k, count, 0) for k, count in zip(is_kept, counts, strict=True)]
+    total, dropped = (_warp_sum(functools.reduce(m.add_float, x), m.add_float) for x in (middle, dropped))
+    total = m.add_float(exact, total)
+    share = m.subtract_float(1.0, m.divide_float(dropped, m.select(m.less_float(0.0, total), total, 1.0)))
+    return kept, _warp_sum(functools.reduce(m.add, tokens), m.add), share
+
+
+def _running_sums(lane, values):
+    """Sums over all values up to each, in the order of lanes, then of a lane's list."""
+    sums = [values[0]]
+    for x in values[1:]:
+        sums.append(m.add_float(sums[-1], x))
+    through = sums[-1]
+    for lanes in (1, 2, 4, 8, 16):
+        through = m.select(m.less(lane, lanes), through, m.add_float(through, m.shuffle_up(through, lanes)))
+    before = m.select(m.less(lane, 1), 0.0, m.shuffle_up(through, 1))
+    return [m.add_float(before, x) for x in sums]
+
+
+def _warp_sum(x, add):
+    for lanes in (1, 2, 4, 8, 16):
+        x = add(x, m.shuffle_xor(x, lanes))
+    return x
+
+
+def _from_key(key):
+    """The f32 of an unsigned number of the same order, minus infinity for 0; see `mosaic_score_bins`."""
+    bits = m.select(m.less(key, 0x80000000), m.bit_xor(key, 0xFFFFFFFF), m.bit_and(key, 0x7FFFFFFF))
+    return m.select(m.less(key, 1), float("-inf"), m.as_float(bits))
+
+
+def _masks(sizes: _Sizes, words, start, quantized, length, shared):
+    """16 bits a thread and pass: tokens that are attended."""
+    # Byte x is at least k if, of its high bit and the carry of the lower bits into it, one is set (k < 128), or both.
+    # For k = 256 none is.
+    compare = []
+    for head in range(sizes.group):
+        kept = m.load_shared(shared, offset=4 * head)[0]
+        addend = m.multiply(m.subtract(128, m.bit_and(kept, 127)), 0x01010101)
+        compare.append((m.select(m.less(kept, 256), addend, 0), m.select(m.less(kept, 128), 0xFFFFFFFF, 0)))
+
+    def mask(i, by_head):
+        nibbles = []
+        for word in range(LANE_TOKENS // 4):
+            dropped = m.value(0x80808080)
+            for (addend, either), four in zip(compare, by_head, strict=True):
+                carries = m.add(m.bit_and(four[word], 0x7F7F7F7F), addend)
+                dropped = m.bit_and(dropped, m.majority(carries, four[word], either))
+            kept = m.right(m.bit_xor(dropped, 0x80808080), 7)
+            # The lowest bits of four bytes, side by side.
+            nibbles.append(m.right(m.multiply(kept, 0x01020408), 24))
+        bits = functools.reduce(m.bit_or, [m.left(m.bit_and(n, 15), 4 * j) for j, n in enumerate(nibbles)])
+        token = _token(start, i)
+        below = [_bits_below(limit, token) for limit in (m.value(sizes.sink), quantized, length)]
+        sinks, coded, held = below
+        is_scored = m.bit_and(coded, m.bit_xor(sinks, 0xFFFF))
+        return m.bit_and(held, m.bit_or(bits, m.bit_xor(is_scored, 0xFFFF)))
+
+    return [mask(i, by_head) for i, by_head in enumerate(words)]
+
+
+def _bits_below(limit, token):
+    """16 bits, one where token + i < limit."""
+    count = m.minimum_signed(m.maximum_signed(m.subtract(limit, token), 0), LANE_TOKENS)
+    return m.subtract(m.left(1, count), 1)
+
+
+def _places(sizes: _Sizes, masks, block, state, shared):
+    """Where in the row's list each pass of this thread begins, and the list's length behind this block."""
+    warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), 31)
+    totals = m.add(shared, 4 * sizes.heads)
+    counts, through = [m.count_ones(mask) for mask in masks], []
+    for i, count in enumerate(counts):
+        for lanes in (1, 2, 4, 8, 16):
+            count = m.select(m.less(lane, lanes), count, m.add(count, m.shuffle_up(count, lanes)))
+        through.append(count)
+        at = m.add(totals, m.left(warp, 2))
+        m.when(m.not_less(lane, 31), lambda at=at, i=i, count=count: m.store_shared(at, [count], offset=16 * i))
+    m.barrier()
+    by_warp = [m.load_shared(totals, words=4, offset=16 * i) for i in range(sizes.passes)]
+    total = functools.reduce(m.add, [count for four in by_warp for count in four])
+    # One more, so that an empty block has said something too.
+    publish = lambda: m.publish(state.block(block), m.add(total, 1))  # noqa: E731
+    m.when(m.less(m.thread_index(), 1), publish)
+    place_at = m.add(totals, 16 * sizes.passes)
+    m.when(m.less(warp, 1), lambda: _store_place(sizes, lane, block, state, place_at))
+    m.barrier()
+    before = m.load_shared(place_at)[0]
+    places, offset = [], before
+    for four, count, until in zip(by_warp, counts, through, strict=True):
+        place = m.add(offset, m.subtract(until, count))
+        for w in range(4):
+            place = m.select(m.less(w, warp), m.add(place, four[w]), place)
+            offset = m.add(offset, four[w])
+        places.append(place)
+    return places, m.add(before, total)
+
+
+def _store_place(sizes: _Sizes, lane, block, state, place_at):
+    """Tokens of all blocks before, for one warp to find: 32 blocks at a time."""
+
+    def add(i, carried):
+        other = m.add(m.multiply(i, 32), lane)
+        is_before = m.less(other, block)
+        # Lanes past the last block look at their own, which is done.
+        published = m.wait_published(state.block(m.select(is_before, other, block)))
+        return [m.add(carried[0], m.select(is_before, m.subtract(published, 1), 0))]
+
+    (mine,) = m.loop(m.right(m.add(block, 31), 5), [m.value(0)], add)
+    place = _warp_sum(mine, m.add)
+    m.when(m.less(lane, 1), lambda: m.store_shared(place_at, [place]))

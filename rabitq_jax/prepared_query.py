@@ -1,0 +1,114 @@
+"""What a decode step's queries are turned into before they meet the codes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import prepare_query as kernel
+from pallas_kernels.popcount_scores import bit_planes
+from rabitq_jax import codes as key_codes
+from rabitq_jax._dispatch import select
+from rabitq_jax.cache import LayerCache
+from rabitq_jax.config import RaBitQConfig
+from rabitq_jax.exact_logsumexp import exact_logsumexp_reference
+from rabitq_jax.scores import centroid_shift, proxy_scores_reference
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedQuery:
+    """Queries in INT4, cut into bits, and the numbers that their scores need. H is G, padded to a multiple of 4.
+
+    Attributes:
+      planes: int32 [B,K,H,4,W], bit planes of the levels; see `pallas_kernels.popcount_scores`.
+      factors: float32 [B,K,H,3]: step times softmax scale; minus the sum of the levels; where bins of scores begin, a
+        little above the largest score as a rule (see `pallas_kernels.prepare_query.likely_peak`).
+      shift: float32 [B,K,H,C], scaled <q, c_k>.
+      exact_lse: float32 [B,K,H], log-sum-exp of the exact tokens' logits; -inf for p over the scored tokens.
+      zeros: int32 [B,K,Z], for kernels to count in.
+    """
+
+    planes: jax.Array
+    factors: jax.Array
+    shift: jax.Array
+    exact_lse: jax.Array
+    zeros: jax.Array
+
+
+def prepare_query_reference(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, zeros: int):
+    """`prepare_query` in plain jnp: its definition."""
+    codes = cache.codes
+    assert codes is not None
+    group = query.shape[2]
+    quantized = key_codes.quantize_query(
+        query, codes.rotation, codes.query_centroid, rounding=config.query_rounding, key=prng_key
+    )
+    shift = centroid_shift(query, codes, softmax_scale)
+    gain = quantized.step * softmax_scale
+    minus_sum = -jnp.sum(quantized.levels, axis=-1).astype(jnp.float32)
+
+    token = kernel.sample_positions(cache.quantized[:, None], config.sink, cache.capacity)
+    at = lambda x: jnp.take_along_axis(x, token.reshape(-1, 1, kernel.SAMPLES, *(1,) * (x.ndim - 3)), axis=2)  # noqa: E731
+    centroid = (token // codes.tokens_per_centroid)[:, None, None]
+    # A shift of its own for every sample: as many centroids as samples.
+    sample = proxy_scores_reference(
+        quantized.levels, at(codes.bits), gain, at(codes.scale), None if codes.bias is None else at(codes.bias),
+        softmax_scale, jnp.take_along_axis(shift, centroid, axis=3),
+    )  # fmt: skip
+    base = kernel.likely_peak(sample, cache.quantized[:, None, None], config.sink)
+
+    exact_lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
+    if config.top_p_scope == "all":
+        exact_lse = exact_logsumexp_reference(
+            query, cache.keys, cache.quantized, cache.length,
+            sink=config.sink, window=config.window, softmax_scale=softmax_scale,
+        )  # fmt: skip
+
+    def padded(x):
+        return jnp.pad(x, [(0, 0)] * 2 + [(0, kernel.padded_heads(group) - group)] + [(0, 0)] * (x.ndim - 3))
+
+    return PreparedQuery(
+        planes=padded(bit_planes(quantized.levels)),
+        factors=padded(jnp.stack([gain, minus_sum, base], axis=-1)),
+        shift=padded(shift),
+        exact_lse=padded(exact_lse),
+        zeros=jnp.zeros((*query.shape[:2], zeros), jnp.int32),
+    )
+
+
+def _prepare_pallas(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, zeros: int):
+    codes = cache.codes
+    assert codes is not None
+    planes, factors, shift, exact_lse, zero = kernel.prepare_query(
+        query, cache.keys, codes.rotation, codes.query_centroid, codes.bits, codes.scale, codes.bias,
+        codes.key_centroids, key_codes.rounding_seed(config.query_rounding, prng_key), cache.quantized, cache.length,
+        sink=config.sink, softmax_scale=softmax_scale, scope_all=config.top_p_scope == "all", zeros=zeros,
+    )  # fmt: skip
+    return PreparedQuery(planes=planes, factors=factors, shift=shift, exact_lse=exact_lse, zeros=zero)
+
+
+IMPLEMENTATIONS = {"xla": prepare_query_reference, "pallas": _prepare_pallas}
+
+
+def prepare_query(
+    query, cache: LayerCache, config: RaBitQConfig, *, softmax_scale: float, prng_key, zeros: int, implementation=None
+) -> PreparedQuery:
+    """Rotate and quantize queries, and make all else of them that scores in bins need.
+
+    Args:
+      query: [B,K,G,D].
+      cache: with codes; it holds the new token.
+      softmax_scale: factor from <q, k> to a logit.
+      prng_key: for config.query_rounding "random".
+      zeros: words a kv head, a multiple of 256.
+      implementation: "xla", "pallas" or None.
+
+    Returns:
+      A PreparedQuery. Heads that are padding have levels, gain and shift of zero.
+
+    Raises:
+      ValueError: rounding is "random" and there is no key.
+    """
+    prepare = select(IMPLEMENTATIONS, implementation, gpu="pallas")
+    return prepare(query, cache, config, softmax_scale, prng_key, zeros)

@@ -1,0 +1,116 @@
+"""Preparation of queries: its kernel against its definition, and where bins begin."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.prepare_query import SAMPLES, padded_heads, sample_positions
+from rabitq_jax.attention import prefill
+from rabitq_jax.cache import LayerCache, init_layer_cache
+from rabitq_jax.codes import quantize_query
+from rabitq_jax.config import RaBitQConfig
+from rabitq_jax.prepared_query import prepare_query
+from rabitq_jax.scores import proxy_scores
+from tests.kernel_cases import SHAPES, lengths
+from tests.test_lowering import SHAPES as LOWERED
+from tests.test_lowering import array, kernel_text
+
+KEY = jax.random.key(3)
+CONFIG = RaBitQConfig(sink=5, recent=16, interval=64)
+
+
+def filled(shape, config: RaBitQConfig, *, deviation=1.0, dtype=jnp.bfloat16) -> tuple[jax.Array, LayerCache]:
+    """Queries and a ragged cache of random keys with codes."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    cache = init_layer_cache(shape.batch, shape.tokens, shape.kv_heads, shape.head_dim, config, dtype=dtype)
+    draw = lambda key, heads: jax.random.normal(key, (shape.batch, shape.tokens, heads, shape.head_dim), dtype)  # noqa: E731
+    held, heads = draw(keys[0], shape.kv_heads), shape.kv_heads * shape.group
+    _, cache = prefill(
+        draw(keys[1], heads), held + 0.5, held, cache, config, new_tokens=lengths(shape, seed=1), fresh=True
+    )
+    query = deviation * jax.random.normal(keys[2], (shape.batch, shape.kv_heads, shape.group, shape.head_dim))
+    return query.astype(dtype), cache
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"key_centroid": "prompt", "query_centroid": "prompt", "top_p_scope": "scored"},
+        {"query_rounding": "nearest", "rotation": "none"},
+    ],
+    ids=lambda change: ",".join(map(str, change.values())) or "default",
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_matches_definition(shape, change):
+    config = dataclasses.replace(CONFIG, **change)
+    query, cache = filled(shape, config)
+    prepare = jax.jit(prepare_query, static_argnames=("config", "softmax_scale", "zeros", "implementation"))
+    want, got = (
+        prepare(query, cache, config, softmax_scale=0.3, prng_key=KEY, zeros=512, implementation=name)
+        for name in ("xla", "pallas")
+    )
+    # A level changes where float32 rounding crosses an integer; the sum, and nothing else by more, changes with it.
+    changed = np.asarray(want.planes != got.planes)
+    assert changed.mean() < 2e-3
+    same = ~changed.any(axis=(-1, -2))
+    assert same.mean() > 0.9
+    np.testing.assert_allclose(got.factors[..., 0], want.factors[..., 0], rtol=1e-5)
+    np.testing.assert_array_equal(got.factors[..., 1][same], want.factors[..., 1][same])
+    real = np.arange(padded_heads(shape.group)) < shape.group
+    np.testing.assert_allclose(
+        got.factors[..., 2][same & real], want.factors[..., 2][same & real], rtol=1e-3, atol=1e-3
+    )
+    np.testing.assert_allclose(got.shift, want.shift, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got.exact_lse[..., real], want.exact_lse[..., real], rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(got.zeros, want.zeros)
+    assert not np.any(got.planes[:, :, ~real]) and not np.any(got.factors[:, :, ~real, :2])
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("shape", LOWERED, ids=str)
+def test_kernel_lowers(shape, monkeypatch):
+    query = array(shape.batch, shape.kv_heads, shape.group, shape.head_dim, dtype=jnp.bfloat16)
+    sizes = (shape.batch, shape.tokens, shape.kv_heads, shape.head_dim)
+    for change in ({}, {"key_centroid": "prompt", "query_centroid": "prompt"}):
+        config = dataclasses.replace(CONFIG, **change)
+        cache = jax.eval_shape(lambda config=config: init_layer_cache(*sizes, config))
+        run = lambda query, cache, config=config: prepare_query(  # noqa: E731
+            query, cache, config, softmax_scale=0.3, prng_key=KEY, zeros=512, implementation="pallas"
+        )
+        assert "prepare_query" in kernel_text(monkeypatch, run, query, cache)
+
+
+@pytest.mark.parametrize("quantized,sink", [(0, 16), (16, 16), (100, 16), (128, 0), (8192, 5), (10**7, 16)])
+def test_samples_are_spread_over_the_scored_tokens(quantized, sink):
+    position = np.asarray(sample_positions(jnp.array([quantized]), sink, 2**24))
+    if quantized - sink < SAMPLES:
+        assert position.min() == sink and position.max() <= max(quantized - 1, sink)
+        return
+    assert position.min() == sink and position.max() < quantized
+    np.testing.assert_allclose(np.diff(position), (quantized - sink) / SAMPLES, atol=1)
+
+
+@pytest.mark.parametrize("deviation", [0.5, 4.0, 20.0])
+def test_bins_begin_near_the_largest_score(deviation):
+    """The guess from a sample is within a few deviations of the largest of normal scores, in each of 32 heads."""
+    batch, kv_heads, tokens = 2, 4, 8192
+    keys = jax.random.split(jax.random.key(0), 3)
+    config = RaBitQConfig(query_rounding="nearest")
+    cache = init_layer_cache(batch, tokens, kv_heads, 128, config)
+    held = jax.random.normal(keys[0], (batch, tokens, kv_heads, 128), jnp.bfloat16)
+    one_head = jnp.zeros((batch, tokens, kv_heads, 128), jnp.bfloat16)
+    _, cache = prefill(one_head, held, held, cache, config, new_tokens=jnp.array([tokens, 1100]), fresh=True)
+    assert cache.codes is not None
+    query = deviation * jax.random.normal(keys[1], (batch, kv_heads, 4, 128))
+    scale = 128**-0.5
+    prepared = prepare_query(query, cache, config, softmax_scale=scale, prng_key=None, zeros=256)
+    levels = quantize_query(query, cache.codes.rotation, None, rounding="nearest")
+    z = proxy_scores(query, levels, cache.codes, cache.quantized, softmax_scale=scale)
+    scored = (jnp.arange(tokens) >= config.sink) & (jnp.arange(tokens) < cache.quantized[:, None])
+    largest = jnp.max(jnp.where(scored[:, None, None], z, -jnp.inf), axis=-1)
+    assert np.all(np.abs(prepared.factors[..., 2] - 2 - largest) < 2.5 * deviation)
