@@ -10,7 +10,7 @@ from benchmarks.speed_report import Row, best_dense, label, thousands, tokens_of
 # Names of kernels by what they begin with, or hold; other kernels prepare the query, or attend to sinks and window.
 STAGES = {
     "scores": ("score_bins", "scores"),
-    "selection": ("top_p",),
+    "selection": ("compact", "top_p"),
     "attention": ("gathered_attention", "combine_splits"),
 }
 REST = "query, sinks and window"

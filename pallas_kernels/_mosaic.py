@@ -238,10 +238,10 @@ def _shuffle(mode: str, x, which: int, clamp: int) -> ir.Value:
     return ptx(f"shfl.sync.{mode}.b32 $0, $1, {which}, {clamp}, 0xffffffff;", [x], letter, effects=True)[0]
 
 
-def count_shared(at, *, offset: int, where) -> None:
-    """Add 1 to a word of shared memory, where `where` is not 0; atomic."""
-    text = f"{{ .reg .pred p; setp.ne.s32 p, $1, 0; @p red.shared.add.u32 [$0+{offset}], 1; }}"
-    ptx(text, [at, where], effects=True)
+def add_shared(at, x, *, offset: int, where) -> None:
+    """Add x to a word of shared memory, where `where` is not 0; atomic."""
+    text = f"{{ .reg .pred p; setp.ne.s32 p, $2, 0; @p red.shared.add.u32 [$0+{offset}], $1; }}"
+    ptx(text, [at, x, where], effects=True)
 
 
 def max_shared(at, x) -> None:
@@ -250,9 +250,14 @@ def max_shared(at, x) -> None:
 
 
 def add_global(at, x) -> None:
-    """Add x to a word of global memory; atomic; nothing happens for 0."""
-    text = "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p red.global.add.u32 [$0], $1; }"
-    ptx(text, [at, x], effects=True)
+    """Add x to a word of global memory; atomic."""
+    ptx("red.global.add.u32 [$0], $1;", [at, x], effects=True)
+
+
+def add_global_pair(at, low, high) -> None:
+    """Add to two neighbouring words of global memory, of which the first does not overflow; nothing where high is 0."""
+    text = "{ .reg .pred p; .reg .b64 x; setp.ne.s32 p, $2, 0; mov.b64 x, {$1, $2}; @p red.global.add.u64 [$0], x; }"
+    ptx(text, [at, low, high], effects=True)
 
 
 def max_global(at, x) -> None:
@@ -303,6 +308,11 @@ def not_less_float(a, b) -> ir.Value:
 def to_float(x) -> ir.Value:
     """The f32 nearest to an unsigned i32."""
     return ptx("cvt.rn.f32.u32 $0, $1;", [x], "f")[0]
+
+
+def to_integer(x) -> ir.Value:
+    """An f32 of at least 0, rounded down; NaN to 0."""
+    return ptx("cvt.rzi.u32.f32 $0, $1;", [x], "r")[0]
 
 
 def exp2(x) -> ir.Value:

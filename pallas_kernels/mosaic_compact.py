@@ -5,8 +5,12 @@
     a block                       its tokens' place behind those of the blocks before, which wait for no block behind
     a thread                      tokens of its bits, to the list
 
-Every block finds the thresholds anew: that takes less than a launch. Lists are in ascending order, and mass is p or
-more whatever the rounding: a kept bin counts with its lower edge, a dropped one with its upper edge.
+Every block finds the thresholds anew: that takes less than a launch. Lists are in ascending order.
+
+Mass is p or more. The mass of a bin's n tokens, over that of n tokens at its upper edge, lies between e^(-a w) and
+(1 - a) + a e^(-w), since exp is convex: w is the bin's width in nats, and a, from 0 to 1, the tokens' mean place below
+the edge. A kept bin counts with the lower bound, a dropped one with the upper; they are 0.2 % apart. Tokens above the
+first bin count as `mosaic_score_bins` has bounded them from below.
 """
 
 import dataclasses
@@ -17,8 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
-from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT, State
-from pallas_kernels.top_p import SLACK
+from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT, PLACES, State
 
 LANE_BINS = BINS // 32
 LANE_TOKENS = 16
@@ -26,6 +29,8 @@ PASS_TOKENS = LANE_TOKENS * m.WARPGROUP
 # Passes of a block: so many that the blocks fill the device, and that their loads fit into registers.
 BLOCKS, LARGEST_PASSES, PASS_LOADS = 1024, 4, 16
 LOG2_E = math.log2(math.e)
+# Relative error that places, rounded to 1/512 of a bin, and float32 sums can make.
+SLACK = 1e-3
 
 
 def passes(rows: int, tokens: int, group: int) -> int:
@@ -144,9 +149,11 @@ def _thresholds(sizes: _Sizes, row, block, factors, exact_lse, state, scored, ma
         base = m.as_float(m.load(m.address(factors, m.add(m.multiply(place, 3), 2)))[0])
         lse = m.as_float(m.load(m.address(exact_lse, place))[0])
         peak = _from_key(m.load(state.peak(head))[0])
-        at = state.counts(head, m.multiply(lane, LANE_BINS))
-        counts = [count for i in range(LANE_BINS // 4) for count in m.load(at, words=4, offset=16 * i)]
-        kept, tokens, share = _threshold(sizes.top_p, lane, counts, base, peak, lse)
+        at = state.bin(head, m.multiply(lane, LANE_BINS))
+        words = [word for i in range(LANE_BINS // 2) for word in m.load(at, words=4, offset=16 * i)]
+        at = state.above(head, m.multiply(lane, LANE_BINS))
+        above = [word for i in range(LANE_BINS // 4) for word in m.load(at, words=4, offset=16 * i)]
+        kept, tokens, share = _threshold(sizes.top_p, lane, words[::2], words[1::2], above, base, peak, lse)
 
         def store(head=head, place=place, kept=kept, tokens=tokens, share=share):
             m.store_shared(m.add(shared, m.left(head, 2)), [kept])
@@ -160,10 +167,11 @@ def _thresholds(sizes: _Sizes, row, block, factors, exact_lse, state, scored, ma
         m.when(m.less(lane, 1), store)
 
 
-def _threshold(top_p: float, lane, counts, base, peak, exact_lse):
+def _threshold(top_p: float, lane, places, counts, above, base, peak, exact_lse):
     """How many bins, best first, surely hold the share: kept bins i32, tokens in them i32, estimated mass f32.
 
-    Bin i holds scores from i to i + 1 bins' width below base; bin 0 also those above it, the largest being peak.
+    Bin i holds scores from i to i + 1 bins' width below base; bin 0 also those above, the largest being peak; the last
+    one also those below.
     """
     # Masses are relative to the largest score or to base, whichever is higher.
     highest = m.maximum(base, peak)
@@ -171,23 +179,27 @@ def _threshold(top_p: float, lane, counts, base, peak, exact_lse):
     top = m.multiply_float(m.subtract_float(base, highest), LOG2_E)
     narrow = LOG2_E / BINS_PER_NAT
     largest = m.exp2(m.multiply_float(m.subtract_float(peak, highest), LOG2_E))
+    surely_above = _warp_sum(_mass_above(first_bin, above, top, narrow), m.add_float)
     # An exact mass far above the peak needs no more precision than this.
     exact = m.exp2(m.minimum(m.multiply_float(m.subtract_float(exact_lse, highest), LOG2_E), 60 * LOG2_E))
     is_first = m.less(lane, 1)
     upper, lower = [], []
-    for i, count in enumerate(counts):
+    for i, (place, count) in enumerate(zip(places, counts, strict=True)):
         number = m.to_float(count)
         depth = m.to_float(m.add(first_bin, i))
         edge = m.exp2(m.fma(depth, -narrow, top))
-        below = m.multiply_float(edge, math.exp(-1 / BINS_PER_NAT))
-        high, low = m.multiply_float(number, edge), m.multiply_float(number, below)
+        mean = m.divide_float(m.to_float(place), m.maximum(m.multiply_float(number, float(PLACES)), 1.0))
+        low = m.multiply_float(number, m.exp2(m.fma(m.add_float(depth, mean), -narrow, top)))
+        high = m.multiply_float(m.multiply_float(number, edge), m.fma(mean, math.exp(-1 / BINS_PER_NAT) - 1, 1.0))
         if i == 0:
-            # The largest score is known, and lies in bin 0 if anything does.
-            others = m.fma(m.subtract_float(number, 1.0), below, largest)
+            # The largest score is known, and lies in bin 0 if anything does; the others may be anywhere above its edge.
+            below = m.multiply_float(edge, math.exp(-1 / BINS_PER_NAT))
+            others = m.maximum(m.fma(m.subtract_float(number, 1.0), below, largest), surely_above)
             low = m.select(is_first, m.select(m.less(count, 1), 0.0, others), low)
             high = m.select(is_first, number, high)
         if i == LANE_BINS - 1:
-            low = m.select(m.less(lane, 31), low, 0.0)
+            is_last = m.less(30, lane)
+            low, high = m.select(is_last, 0.0, low), m.select(is_last, m.multiply_float(number, edge), high)
         upper.append(high)
         lower.append(low)
     kept_lower, kept_upper = _running_sums(lane, lower), _running_sums(lane, upper)
@@ -196,9 +208,8 @@ def _threshold(top_p: float, lane, counts, base, peak, exact_lse):
     def short(kept_lower, kept_upper):
         """1 where the bins so far may not hold the share; 1 with NaN."""
         dropped = m.maximum(m.subtract_float(all_upper, kept_upper), 0.0)
-        held = m.add_float(exact, kept_lower)
-        enough = m.not_less_float(held, m.multiply_float(m.add_float(held, dropped), top_p * (1 + SLACK)))
-        return m.select(enough, 0, 1)
+        held = m.multiply_float(m.add_float(exact, kept_lower), 1 - top_p)
+        return m.select(m.not_less_float(held, m.multiply_float(dropped, top_p * (1 + SLACK))), 0, 1)
 
     if top_p == 1:
         kept = m.value(BINS)
@@ -214,6 +225,15 @@ def _threshold(top_p: float, lane, counts, base, peak, exact_lse):
     total = m.add_float(exact, total)
     share = m.subtract_float(1.0, m.divide_float(dropped, m.select(m.less_float(0.0, total), total, 1.0)))
     return kept, _warp_sum(functools.reduce(m.add, tokens), m.add), share
+
+
+def _mass_above(first_bin, above, top, narrow: float):
+    """Mass that is surely above base, of a lane's bins: i is i to i + 1 bins' width above."""
+    mass = m.value(0.0)
+    for i, count in enumerate(above):
+        edge = m.exp2(m.fma(m.to_float(m.add(first_bin, i)), narrow, top))
+        mass = m.fma(m.multiply_float(m.to_float(count), 1 / PLACES), edge, mass)
+    return mass
 
 
 def _running_sums(lane, values):

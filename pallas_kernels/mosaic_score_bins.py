@@ -15,10 +15,14 @@ over the other token's words. Longer codes take several products, one for each 4
 A warp scores 32 tokens at a time, in two products of 16; lane 4 g + t ends with tokens 4 g .. 4 g + 3 of head t. From
 there to a byte, for a score z and a head's `base`:
 
-    bin = 8 (base - z), rounded down, from 0 (above base, NaN and infinity too) to 255 (31.9 nats or more below)
+    depth = 8 (base - z);   bin = depth, rounded down, from 0 (above base; NaN, infinity) to 255 (31.9 nats below)
 
-Counts of bins gather in shared memory and are added to the result at the end of a block of tokens. They are integers,
-so the result is the same in every run.
+Counts of bins, and sums of depth - bin in steps of 1/256, gather in shared memory, both in one word, and are added to
+the row's at the end of a block of tokens. They are integers, so the result is the same in every run.
+
+Bin 0 says little of scores above base. But each lane knows the largest of its own. The exponentials of those above
+base, added up over a warp, are worth so many tokens of the warp's largest score, and no more than the warp holds: the
+row counts these, in steps of 1/256, in bins that go up from base.
 """
 
 import dataclasses
@@ -36,6 +40,8 @@ HEADS = 4
 STEP_TOKENS = 32
 WARPS = 4
 UNROLL = 4
+# A word counts a block's tokens in 12 bits, above 20 bits for the sum of their places in a bin, of 0 to 256 each.
+COUNT_BITS, PLACES = 20, 256
 BLOCK_TOKENS, LEAST_BLOCK_TOKENS = 2048, STEP_TOKENS * WARPS * UNROLL
 # The bits of 1.5 * 2^23 as a float32: plus an integer n, they are those of 1.5 * 2^23 + n.
 MAGIC = 0x4B400000
@@ -54,7 +60,7 @@ def score_bins(planes, factors, shift, bits, scale, bias, bias_gain, state, *, g
     Args:
       planes, factors, shift: of `rabitq_jax.prepared_query.PreparedQuery`: [B,K,H,...], of which G heads are real.
       bits, scale, bias, bias_gain: as in `rabitq_jax.scores.proxy_scores_reference`.
-      state: a reference, int32 [B,K,Z] with Z of `state_words`, all zero; see `State`. Counts are added to it.
+      state: a reference, int32 [B,K,Z] with Z of `state_words`, all zero; see `State`. The kernel adds to it.
       group: G.
       first: python int; stop: int32 [B]. Tokens in [first, stop) are scored.
 
@@ -89,34 +95,39 @@ def score_bins(planes, factors, shift, bits, scale, bias, bias_gain, state, *, g
 
 
 def state_words(heads: int, blocks: int) -> int:
-    """Words of a kv head's state: counts of bins, the largest score of each head, and a word for each block."""
-    return -(-(heads * (BINS + 1) + blocks) // 256) * 256
+    """Words of a kv head's state; see `State`."""
+    return -(-(heads * (3 * BINS + 1) + blocks) // 256) * 256
 
 
 class State:
-    """Where a row's counts lie in the state: zero before, and each added to by kernels.
+    """Where a row's numbers lie in the state.
 
-    counts [H,256], peaks [H] (see `_key`), blocks [N], for `mosaic_compact`.
+    bins [H,256,2]: sums of places, and counts; above [H,256]: 256 times as many tokens as are surely i to i + 1 bins
+    above base; peaks [H], see `_key`; blocks [N], for `mosaic_compact`.
     """
 
     def __init__(self, ref, row, heads: int, words: int):
         self._ref, self._start, self._heads = ref, m.multiply(row, words), heads
 
-    def counts(self, head, bin_):
-        return m.address(self._ref, m.add(self._start, m.add(m.multiply(head, BINS), bin_)))
+    def bin(self, head, bin_):
+        return m.address(self._ref, m.add(self._start, m.left(m.add(m.multiply(head, BINS), bin_), 1)))
+
+    def above(self, head, bin_):
+        place = m.add(m.multiply(head, BINS), bin_)
+        return m.address(self._ref, m.add(self._start, m.add(place, self._heads * 2 * BINS)))
 
     def peak(self, head):
-        return m.address(self._ref, m.add(self._start, m.add(head, self._heads * BINS)))
+        return m.address(self._ref, m.add(self._start, m.add(head, self._heads * 3 * BINS)))
 
     def block(self, index):
-        return m.address(self._ref, m.add(self._start, m.add(index, self._heads * (BINS + 1))))
+        return m.address(self._ref, m.add(self._start, m.add(index, self._heads * (3 * BINS + 1))))
 
 
 def counts_and_peaks(state, heads: int):
-    """From a state [...,Z]: counts int32 [...,H,256] and the largest scores float32 [...,H], NaN and infinity counting
-    as 3e38 (-inf if there is none)."""
-    counts = state[..., : heads * BINS].reshape(*state.shape[:-1], heads, BINS)
-    key = state[..., heads * BINS : heads * (BINS + 1)]
+    """From a state [...,Z]: sums of places and counts int32 [...,H,256,2], and the largest scores float32 [...,H], NaN
+    and infinity counting as 3e38 (-inf if there is none)."""
+    counts = state[..., : heads * 2 * BINS].reshape(*state.shape[:-1], heads, BINS, 2)
+    key = state[..., heads * 3 * BINS : heads * (3 * BINS + 1)]
     bits = jnp.where(key < 0, key & 0x7FFFFFFF, ~key)
     return counts, jnp.where(key == 0, -jnp.inf, jax.lax.bitcast_convert_type(bits, jnp.float32))
 
@@ -155,7 +166,7 @@ def _kernel(sizes: _Sizes, planes, factors, shift, bits, scale, *rest):
         peaks = m.loop(
             sizes.block // (STEP_TOKENS * WARPS * UNROLL), score.no_peaks(), lambda i, peaks: score(start, i, peaks)
         )
-        _flush(sizes, peaks, shared, State(state, row, sizes.padded, sizes.state_words))
+        _flush(sizes, peaks, score.bases, shared, State(state, row, sizes.padded, sizes.state_words))
 
     m.when(m.both(m.less(start, stop), m.less(sizes.first, m.add(start, sizes.block))), run)
 
@@ -169,13 +180,14 @@ class _Scorer:
         self.sizes, self.row, self.stop = sizes, row, stop
         self.shift, self.bits, self.scale, self.bias, self.bins, self.shared = shift, bits, scale, bias, bins, shared
         self.columns = self._load_columns(planes)
-        self.factors = []
+        self.factors, self.bases = [], []
         for h in range(sizes.groups):
             at = m.address(factors, m.multiply(self._head(h), 3))
             gain, minus_sum, base = (m.as_float(m.load(at, offset=4 * i)[0]) for i in range(3))
             # Half a bin less: the conversion to an integer rounds to nearest.
             top = m.fma(base, BINS_PER_NAT / (BINS - 1), -0.5 / (BINS - 1))
             self.factors.append((gain, minus_sum, top))
+            self.bases.append(base)
 
     def _head(self, h):
         """Index in [R,H] of this lane's head of group h."""
@@ -248,10 +260,10 @@ class _Scorer:
                 if bias is not None:
                     z = m.fma(bias[i], sizes.bias_gain, z)
                 peak = m.select(scored[i], m.maximum(peak, m.minimum(z, 3e38)), peak)
-                packed.append(_bin(z, top))
+                bin_, one = _bin(z, top)
+                self._count(h, bin_, one, scored[i])
+                packed.append(bin_)
             new_peaks.append(peak)
-            for i in range(4):
-                self._count(h, packed[i], scored[i])
             head = m.add(self.t, HEADS * h)
             word = m.add(
                 m.multiply(m.add(m.multiply(self.row, sizes.group), head), sizes.tokens // 4), m.right(token, 2)
@@ -260,10 +272,10 @@ class _Scorer:
             m.store(m.address(self.bins, word), [m.pack_bytes(packed)], where=real)
         return new_peaks
 
-    def _count(self, h, bin_, scored):
-        """Add one to a bin in shared memory, [group][bin][head of 4]."""
+    def _count(self, h, bin_, one, scored):
+        """Add a token to a bin in shared memory, [group][bin][head of 4]."""
         place = m.add(m.left(m.bit_and(bin_, BINS - 1), 4), m.left(self.t, 2))
-        m.count_shared(m.add(self.shared, place), offset=4 * HEADS * BINS * h, where=m.as_i32(scored))
+        m.add_shared(m.add(self.shared, place), one, offset=4 * HEADS * BINS * h, where=m.as_i32(scored))
 
 
 def _dots(fragments, columns):
@@ -298,13 +310,17 @@ def _affine(dot, minus_sum, gain, scale, shift):
 
 
 def _bin(z, top):
-    """i32 whose lowest byte is the bin: saturate 8 (base - z) / 255 to [0, 1], then let 2^23 round it to an integer."""
-    text = "{ .reg .f32 x; fma.rn.sat.f32 x, $1, $2, $3; fma.rn.f32 $0, x, 0f437F0000, 0f4B000000; }"
-    return m.as_int(m.ptx(text, [z, -BINS_PER_NAT / (BINS - 1), top], "f")[0])
+    """An i32 whose lowest byte is the bin, and the token as a word that counts it: 1 above its place in the bin."""
+    # Saturate 8 (base - z) / 255 to [0, 1], half a bin early, then let 2^23 round it to an integer.
+    depth = m.ptx("fma.rn.sat.f32 $0, $1, $2, $3;", [z, -BINS_PER_NAT / (BINS - 1), top], "f")[0]
+    rounded = m.fma(depth, float(BINS - 1), 2.0**23)
+    place = m.fma(depth, float(BINS - 1), m.subtract_float(2.0**23, rounded))
+    one = m.fma(place, float(PLACES), 2.0**23 + 2**COUNT_BITS + PLACES // 2)
+    return m.as_int(rounded), m.bit_and(m.as_int(one), 2**23 - 1)
 
 
 def _clear_shared(sizes: _Sizes, shared):
-    """Counts and peaks to 0."""
+    """Bins and peaks to 0."""
     words = sizes.padded * BINS
     for i in range(words // (4 * m.WARPGROUP)):
         m.store_shared(m.add(shared, m.left(m.thread_index(), 4)), [m.value(0)] * 4, offset=16 * m.WARPGROUP * i)
@@ -318,21 +334,32 @@ def _peak_address(sizes: _Sizes, shared):
     return m.add(m.add(shared, 4 * sizes.padded * BINS), m.left(m.thread_index(), 2))
 
 
-def _flush(sizes: _Sizes, peaks, shared, state: State):
-    """Add the block's counts, and its largest scores, to the row's."""
+def _flush(sizes: _Sizes, peaks, bases, shared, state: State):
+    """Add the block's bins, and its largest scores, to the row's."""
     lane = m.bit_and(m.thread_index(), 31)
-    for h, peak in enumerate(peaks):
+    for h, (mine, base) in enumerate(zip(peaks, bases, strict=True)):
+        peak = mine
         for lanes in (4, 8, 16):
             peak = m.maximum(peak, m.shuffle_xor(peak, lanes))
         at = m.add(m.add(shared, 4 * (sizes.padded * BINS + HEADS * h)), m.left(lane, 2))
         m.when(m.less(lane, HEADS), functools.partial(m.max_shared, at, _key(peak)))
+        as_large = m.exp2(m.multiply_float(m.subtract_float(mine, peak), math.log2(math.e)))
+        as_large = m.select(m.less_float(base, mine), as_large, 0.0)
+        for lanes in (4, 8, 16):
+            as_large = m.add_float(as_large, m.shuffle_xor(as_large, lanes))
+        height = m.minimum(m.multiply_float(m.subtract_float(peak, base), float(BINS_PER_NAT)), BINS - 1.0)
+        count = m.to_integer(m.multiply_float(as_large, float(PLACES)))
+        above = state.above(m.add(lane, HEADS * h), m.to_integer(height))
+        is_above = m.both(m.less(lane, HEADS), m.less_float(base, peak))
+        m.when(is_above, functools.partial(m.add_global, above, count))
     m.barrier()
     for h in range(sizes.groups):
         for i in range(BINS // m.WARPGROUP):
             bin_ = m.add(m.thread_index(), m.WARPGROUP * i)
             four = m.load_shared(m.add(shared, m.left(bin_, 4)), words=4, offset=4 * HEADS * BINS * h)
-            for head, count in enumerate(four):
-                m.add_global(state.counts(m.value(HEADS * h + head), bin_), count)
+            for head, word in enumerate(four):
+                places, count = m.bit_and(word, 2**COUNT_BITS - 1), m.right(word, COUNT_BITS)
+                m.add_global_pair(state.bin(m.value(HEADS * h + head), bin_), places, count)
 
     def keep_peak():
         m.max_global(state.peak(m.thread_index()), m.load_shared(_peak_address(sizes, shared))[0])

@@ -99,6 +99,9 @@ class Emulator:
     def to_float(self, x):
         return x.astype(np.float32)
 
+    def to_integer(self, x):
+        return np.nan_to_num(x, nan=0.0).clip(0, 2.0**32 - 512).astype(np.uint32)
+
     def exp2(self, x):
         # Numbers below the normal ones are flushed to zero.
         power = np.exp2(x)
@@ -167,14 +170,21 @@ class Emulator:
         for i, x in enumerate(values):
             self.shared[((at + offset) // 4 + i)[self.mask]] = x[self.mask]
 
-    def count_shared(self, at, *, offset, where):
-        np.add.at(self.shared, ((at + offset) // 4)[self.mask & (where != 0)], np.uint32(1))
+    def add_shared(self, at, x, *, offset, where):
+        wanted = self.mask & (where != 0)
+        np.add.at(self.shared, ((at + offset) // 4)[wanted], x[wanted])
 
     def max_shared(self, at, x):
         np.maximum.at(self.shared, (at // 4)[self.mask], x[self.mask])
 
     def add_global(self, at, x):
         np.add.at(at.memory, at.word[self.mask], x[self.mask])
+
+    def add_global_pair(self, at, low, high):
+        wanted = self.mask & (high != 0)
+        assert np.all(at.word[wanted] % 2 == 0)
+        np.add.at(at.memory, at.word[wanted], low[wanted])
+        np.add.at(at.memory, at.word[wanted] + 1, high[wanted])
 
     def max_global(self, at, x):
         np.maximum.at(at.memory, at.word[self.mask], x[self.mask])

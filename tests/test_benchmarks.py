@@ -244,15 +244,6 @@ def test_an_operation_is_measured(name, results, monkeypatch):
     assert name in about and len(table) == 3
 
 
-@pytest.mark.kernel
-def test_selection_from_bins_is_a_superset(results, monkeypatch):
-    monkeypatch.setattr(top_p, "implementations", lambda: ("bins",))
-    (row,) = top_p.measure(CASE, CONFIG, 1e9)
-    assert 0 <= row["overshoot"] < 0.2
-    scored = 1 * ((640 - 16) + (512 - 16))
-    assert scored * 2 < row["bytes"] < scored * 2 + 4 * (832 + 640)
-
-
 def test_a_wrong_kernel_is_not_timed(results, monkeypatch):
     monkeypatch.setitem(SUITES, "small", (CASE,))
     monkeypatch.setattr(scores, "implementations", lambda cache: ["wrong"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.prepare_query import SAMPLES, padded_heads, sample_positions
+from pallas_kernels.prepare_query import HEADROOM, SAMPLES, padded_heads, sample_positions
 from rabitq_jax.attention import prefill
 from rabitq_jax.cache import LayerCache, init_layer_cache
 from rabitq_jax.codes import quantize_query
@@ -113,4 +113,4 @@ def test_bins_begin_near_the_largest_score(deviation):
     z = proxy_scores(query, levels, cache.codes, cache.quantized, softmax_scale=scale)
     scored = (jnp.arange(tokens) >= config.sink) & (jnp.arange(tokens) < cache.quantized[:, None])
     largest = jnp.max(jnp.where(scored[:, None, None], z, -jnp.inf), axis=-1)
-    assert np.all(np.abs(prepared.factors[..., 2] - 2 - largest) < 2.5 * deviation)
+    assert np.all(np.abs(prepared.factors[..., 2] - HEADROOM - largest) < 2.5 * deviation)

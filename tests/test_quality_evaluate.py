@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import evaluate, plots, report, sweep, tasks
+from benchmarks.quality import evaluate, parts, plots, report, sweep, tasks
 from benchmarks.quality.evaluate import Known
 from benchmarks.quality.problem import Problem
 from models import Tokenizer, causal_attention
@@ -185,7 +185,7 @@ def test_command_writes_results_tables_and_pictures(folder, tmp_path, monkeypatc
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr("benchmarks.record.RESULTS", tmp_path)
     monkeypatch.setattr("benchmarks.record.environment", lambda commit: {"commit": commit})
-    monkeypatch.setattr(command, "TEXT_NEW_TOKENS", 4)
+    monkeypatch.setattr(parts, "TEXT_NEW_TOKENS", 4)
     arguments = ["--model", str(folder), "--tokens", "400", "--examples", "2", "--probes", "1", "--top-p", "0.8"]
     arguments += ["--task", "single-number", "--task", "variables", "--dtype", "float32", "--set", "dense_layers=0"]
     result = CliRunner().invoke(command.main, [*arguments, "--commit", "abc"], catch_exceptions=False)

@@ -7,52 +7,24 @@
 writes benchmarks/results/quality.json, a table beside it (.md), and pictures (.png).
 """
 
-import dataclasses
 import functools
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import jax
-import jax.numpy as jnp
-from tqdm import tqdm
 
-from benchmarks.quality import gsm8k, longbench, plots
-from benchmarks.quality.evaluate import Known, answer, compare, probe, summarize
-from benchmarks.quality.haystack import standard_library
-from benchmarks.quality.problem import Problem
+from benchmarks.quality import plots
+from benchmarks.quality.parts import Part, evaluate_part
 from benchmarks.quality.report import table
-from benchmarks.quality.tasks import TASKS, make_problems
+from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.workers import spread, worker_options
 from benchmarks.record import RESULTS, commit_option, write_result
-from models import RETRIEVER, Tokenizer, load_pretrained
+from models import RETRIEVER
 from rabitq_jax import RaBitQConfig
 
 TOKENS = (4096, 8192, 16384, 32768)
 TOP_P = (0.5, 0.8, 0.9, 0.95, 0.99)
-TEXT_PIECES, TEXT_NEW_TOKENS = 8, 128
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """What one process evaluates at a time: problems with prompts of up to so many tokens, in several ways.
-
-    Attributes:
-      source: "tasks", or the format of the files in `folder`: "longbench" or "gsm8k".
-      probes: problems of each task whose attention is measured; 0 measures none.
-    """
-
-    model: str
-    dtype: str
-    configs: tuple[RaBitQConfig | None, ...]
-    chat: bool
-    examples: int
-    source: str = "tasks"
-    tasks: tuple[str, ...] = ()
-    tokens: int = 0
-    probes: int = 0
-    folder: Path | None = None
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -106,22 +78,6 @@ def main(
     click.echo(path)
 
 
-def evaluate_part(part: Part) -> tuple[list[dict], list[dict]]:
-    """A row for each task and way of decoding: answers, and what they read; and rows of what attention captures."""
-    decoder, tokenizer = load_pretrained(part.model, dtype=jnp.dtype(part.dtype))
-    tokens, problems = load_problems(part, tokenizer)
-    with tqdm(total=len(problems) * len(part.configs), desc=f"answers, {tokens} tokens", unit="reply") as bar:
-        answered = answer(
-            decoder, tokenizer, problems, part.configs, key=jax.random.key(0), chat=part.chat, advance=bar.update
-        )
-    rows = [
-        {"tokens": tokens, "top_p": config and config.top_p, **row}
-        for config, replies in zip(part.configs, answered, strict=True)
-        for row in summarize(replies)
-    ]
-    return rows, probe_rows(decoder, tokenizer, part, problems) if part.probes else []
-
-
 def parse_settings(settings: Sequence[str]) -> dict:
     """Fields of RaBitQConfig from texts such as "sink=16".
 
@@ -137,40 +93,6 @@ def parse_settings(settings: Sequence[str]) -> dict:
         kind = hints[field]
         parsed[field] = kind(value) if kind in (int, float) else value
     return parsed
-
-
-def load_problems(part: Part, tokenizer: Tokenizer) -> tuple[int, list[Problem]]:
-    """A bound on the prompts' tokens, and the problems."""
-    if part.source == "tasks":
-        make = functools.partial(make_problems, tokens=part.tokens, count=part.examples, tokenizer=tokenizer)
-        return part.tokens, [problem for task in part.tasks for problem in make(TASKS[task])]
-    if part.source == "gsm8k":
-        problems = gsm8k.load(part.folder, limit=part.examples)
-        return max(len(tokenizer.encode(problem.prompt)) for problem in problems), problems
-    problems = longbench.load(part.folder, limit=part.examples)
-    room = part.tokens - max(problem.max_new_tokens for problem in problems)
-    cut = lambda problem: longbench.cut_middle(problem.prompt, tokenizer, room)  # noqa: E731
-    return room, [dataclasses.replace(problem, prompt=cut(problem)) for problem in problems]
-
-
-def probe_rows(decoder, tokenizer, part: Part, problems: Sequence[Problem]) -> list[dict]:
-    """What decoding the known answers, and plain text, attends: a row for each set of texts and way of decoding."""
-    by_task: dict[str, list[Problem]] = {}
-    for problem in problems:
-        by_task.setdefault(problem.task, []).append(problem)
-    chosen = [problem for group in by_task.values() for problem in group[: part.probes]]
-    text = standard_library("test").decode()
-    sets = {
-        "answers": Known.answers(tokenizer, chosen),
-        "text": Known.plain(tokenizer, text, part.tokens, TEXT_NEW_TOKENS, TEXT_PIECES),
-    }
-    rows = []
-    for name, known in sets.items():
-        passes = probe(decoder, known, part.configs, key=jax.random.key(1), progress=True)
-        for config, run in zip(part.configs, passes, strict=True):
-            row = compare(run, passes[part.configs.index(None)])
-            rows.append({"tokens": part.tokens, "texts": name, "top_p": config and config.top_p, **row})
-    return rows
 
 
 if __name__ == "__main__":
