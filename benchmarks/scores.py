@@ -85,15 +85,15 @@ def scores_by(name: str, query: jax.Array, cache: LayerCache, config: RaBitQConf
     if name == "bins":
         ready = prepared(query, cache, config)
 
-        def score_bins(zeros, planes, factors, shift, bits, scale, bias, stop):
+        def score_bins(zeros, planes, factors, base, shift, bits, scale, bias, stop):
             state = jax.new_ref(zeros)
             bins = mosaic_score_bins.score_bins(
-                planes, factors, shift, bits, scale, bias, softmax_scale, state,
+                planes, factors, base, shift, bits, scale, bias, softmax_scale, state,
                 group=query.shape[2], first=config.sink, stop=stop,
             )  # fmt: skip
             return bins, state[...]
 
-        front = ready.zeros, ready.planes, ready.factors, ready.shift
+        front = ready.zeros, ready.planes, ready.factors, ready.base, ready.shift
         return score_bins, (*front, codes.bits, codes.scale, codes.bias, cache.quantized)
 
     def score(levels, gain, bits, scale, bias, shift, length):
@@ -114,7 +114,7 @@ def scores_off(got, want, cache: LayerCache, sink: int) -> float:
 
 def bins_off(bins, want, ready: PreparedQuery, cache: LayerCache, sink: int) -> float:
     """Largest error of a bin, in bins: a score at an edge may fall on either side."""
-    base = ready.factors[:, :, : want.shape[2], 2]
+    base = ready.base[:, :, : want.shape[2]]
     got = jax.lax.bitcast_convert_type(bins, jnp.uint8).reshape(want.shape).astype(jnp.int32)
     right = jnp.floor(mosaic_score_bins.BINS_PER_NAT * (base[..., None] - want)).clip(0, mosaic_score_bins.BINS - 1)
     return float(jnp.max(jnp.where(is_scored(cache, sink), jnp.abs(got - right), 0)))

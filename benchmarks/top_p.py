@@ -63,13 +63,13 @@ def select_by(name: str, query: jax.Array, cache: LayerCache, config: RaBitQConf
         run, inputs = scores_by("bins", query, cache, config)
         bins, state = jax.jit(run)(*inputs)
 
-        def compact(state, bins, factors, exact_lse, quantized, length):
+        def compact(state, bins, base, exact_lse, quantized, length):
             indices, counts, scored, mass = mosaic_compact.compact(
-                bins, factors, exact_lse, jax.new_ref(state), quantized, length, sink=config.sink, top_p=config.top_p
+                bins, base, exact_lse, jax.new_ref(state), quantized, length, sink=config.sink, top_p=config.top_p
             )
             return Selection(indices=indices, counts=counts, scored=scored, mass=mass)
 
-        return compact, (state, bins, ready.factors, ready.exact_lse, cache.quantized, cache.length)
+        return compact, (state, bins, ready.base, ready.exact_lse, cache.quantized, cache.length)
 
     def run_top_p(scores, exact_lse, quantized, length):
         return select_top_p(

@@ -92,13 +92,12 @@ def not_less(a, b) -> ir.Value:
     return arith.cmpi(arith.CmpIPredicate.uge, value(a), value(b))
 
 
+def negate(condition) -> ir.Value:
+    return arith.xori(condition, arith.constant(ir.IntegerType.get_signless(1), True))
+
+
 def select(condition, a, b) -> ir.Value:
     return arith.select(condition, value(a), value(b))
-
-
-def as_i32(condition) -> ir.Value:
-    """1 where the condition holds, else 0."""
-    return arith.extui(i32(), condition)
 
 
 def as_float(x) -> ir.Value:
@@ -174,13 +173,17 @@ def load(at, *, words: int = 1, offset: int = 0, hint: str = ".nc") -> list[ir.V
 
 
 def store(at, values, *, offset: int = 0, where=None) -> None:
-    """Store words to neighbouring places in global memory; `where` is an i32, and 0 stores nothing."""
+    """Store words to neighbouring places in global memory, where a condition holds."""
     vector = "" if len(values) == 1 else f".v{len(values)}"
     text = f"st.global{vector}.b32 [$0+{offset}], {_operands(1, len(values))};"
-    inputs = [at, *values]
-    if where is not None:
+    _where(where, text, [at, *values])
+
+
+def _where(condition, text: str, inputs) -> None:
+    """Instructions with effects, in the threads where a condition holds; None is all of them."""
+    if condition is not None:
         text = f"{{ .reg .pred p; setp.ne.s32 p, ${len(inputs)}, 0; @p {text} }}"
-        inputs.append(where)
+        inputs = [*inputs, arith.extui(i32(), condition)]
     ptx(text, inputs, effects=True)
 
 
@@ -238,10 +241,9 @@ def _shuffle(mode: str, x, which: int, clamp: int) -> ir.Value:
     return ptx(f"shfl.sync.{mode}.b32 $0, $1, {which}, {clamp}, 0xffffffff;", [x], letter, effects=True)[0]
 
 
-def add_shared(at, x, *, offset: int, where) -> None:
-    """Add x to a word of shared memory, where `where` is not 0; atomic."""
-    text = f"{{ .reg .pred p; setp.ne.s32 p, $2, 0; @p red.shared.add.u32 [$0+{offset}], $1; }}"
-    ptx(text, [at, x, where], effects=True)
+def add_shared(at, x, *, offset: int, where=None) -> None:
+    """Add x to a word of shared memory, where a condition holds; atomic."""
+    _where(where, f"red.shared.add.u32 [$0+{offset}], $1;", [at, x])
 
 
 def max_shared(at, x) -> None:
@@ -292,7 +294,6 @@ def count_ones(x) -> ir.Value:
 add_float = functools.partial(_binary, arith.addf)
 subtract_float = functools.partial(_binary, arith.subf)
 multiply_float = functools.partial(_binary, arith.mulf)
-divide_float = functools.partial(_binary, arith.divf)
 
 
 def less_float(a, b) -> ir.Value:
@@ -308,6 +309,11 @@ def not_less_float(a, b) -> ir.Value:
 def to_float(x) -> ir.Value:
     """The f32 nearest to an unsigned i32."""
     return ptx("cvt.rn.f32.u32 $0, $1;", [x], "f")[0]
+
+
+def reciprocal(x) -> ir.Value:
+    """1 / x, to 2^-22 of it."""
+    return ptx("rcp.approx.ftz.f32 $0, $1;", [x], "f")[0]
 
 
 def to_integer(x) -> ir.Value:

@@ -12,22 +12,23 @@ from jax.experimental import pallas as pl
 from pallas_kernels import _pallas
 from pallas_kernels.gathered_attention import LOWEST, load_query, product_shape
 
-TILE = 64
+TILE = 128
 
 
 def logsumexp_of_exact_tokens(quantized_ref, length_ref, query_ref, keys_ref, *, sink, softmax_scale):
     """For a kernel: quantized, length [], query [G,D], keys [T,D] -> float32 [M]."""
     head_dim, length = keys_ref.shape[1], length_ref[...]
     rows, columns = product_shape(*query_ref.shape)
+    tile = TILE if columns * keys_ref.dtype.itemsize <= 256 else TILE // 2
     window_start = jnp.maximum(quantized_ref[...], sink)
     sinks = jnp.minimum(sink, length)
     count = sinks + jnp.maximum(length - window_start, 0)
     query = load_query(query_ref, keys_ref.dtype)
-    dim = jax.lax.broadcasted_iota(jnp.int32, (TILE, columns), 1)
+    dim = jax.lax.broadcasted_iota(jnp.int32, (tile, columns), 1)
 
     def add_tile(i, state):
         peak, total = state
-        slot = i * TILE + jnp.arange(TILE, dtype=jnp.int32)
+        slot = i * tile + jnp.arange(tile, dtype=jnp.int32)
         valid = slot < count
         token = jnp.where(slot < sinks, slot, window_start + slot - sinks)
         keys = _pallas.load_masked(keys_ref, (token[:, None] + 0 * dim, dim), valid[:, None] & (dim < head_dim))
@@ -37,7 +38,7 @@ def logsumexp_of_exact_tokens(quantized_ref, length_ref, query_ref, keys_ref, *,
         return new_peak, total * jnp.exp(peak - new_peak) + jnp.sum(weights, axis=1)
 
     state = jnp.full((rows,), LOWEST, jnp.float32), jnp.zeros((rows,), jnp.float32)
-    peak, total = jax.lax.fori_loop(0, pl.cdiv(count, TILE), add_tile, state)
+    peak, total = jax.lax.fori_loop(0, pl.cdiv(count, tile), add_tile, state)
     return peak + jnp.log(total)
 
 

@@ -44,13 +44,12 @@ def blocks(rows: int, tokens: int, group: int) -> int:
     return -(-tokens // (PASS_TOKENS * passes(rows, tokens, group)))
 
 
-def compact(bins, factors, exact_lse, state, quantized, length, *, sink: int, top_p: float):
+def compact(bins, base, exact_lse, state, quantized, length, *, sink: int, top_p: float):
     """The tokens that Top-p keeps, sinks and window included.
 
     Args:
       bins: int32 [B,K,G,T/4], of `mosaic_score_bins.score_bins`.
-      factors: float32 [B,K,H,3]; the last factor is where the bins begin.
-      exact_lse: float32 [B,K,H].
+      base, exact_lse: float32 [B,K,H], of `rabitq_jax.prepared_query.PreparedQuery`.
       state: a reference, int32 [B,K,Z], as `score_bins` leaves it.
       quantized, length: int32 [B].
 
@@ -59,7 +58,7 @@ def compact(bins, factors, exact_lse, state, quantized, length, *, sink: int, to
       in kept bins; mass float32 [B,K,H], share of the estimated mass that these hold.
     """
     batch, kv_heads, group, quarter = bins.shape
-    rows, heads, tokens = batch * kv_heads, factors.shape[2], 4 * quarter
+    rows, heads, tokens = batch * kv_heads, base.shape[2], 4 * quarter
     sizes = _Sizes(
         kv_heads=kv_heads, group=group, heads=heads, tokens=tokens, passes=passes(rows, tokens, group),
         blocks=blocks(rows, tokens, group), state_words=state.shape[-1], sink=sink, top_p=float(top_p),
@@ -76,7 +75,7 @@ def compact(bins, factors, exact_lse, state, quantized, length, *, sink: int, to
         ),
         blocks=rows * sizes.blocks,
         shared_words=heads + 4 * sizes.passes + 1,
-    )(bins, factors, exact_lse, quantized, length, state)
+    )(bins, base, exact_lse, quantized, length, state)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +95,8 @@ class _Sizes:
         return PASS_TOKENS * self.passes
 
 
-def _kernel(sizes: _Sizes, bins, factors, exact_lse, quantized, length, state, indices, counts, scored, mass, shared):
-    """bins [R,G,T/4], factors [R,H,3], exact_lse [R,H], quantized and length [B], state [R,Z]; indices [R,T], counts
+def _kernel(sizes: _Sizes, bins, base, exact_lse, quantized, length, state, indices, counts, scored, mass, shared):
+    """bins [R,G,T/4], base and exact_lse [R,H], quantized and length [B], state [R,Z]; indices [R,T], counts
     [R], scored and mass [R,H]; shared memory: kept bins [H], kept tokens of each warp [passes,4], the block's place."""
     row = m.divide(m.block_index(), sizes.blocks)
     block = m.subtract(m.block_index(), m.multiply(row, sizes.blocks))
@@ -109,7 +108,7 @@ def _kernel(sizes: _Sizes, bins, factors, exact_lse, quantized, length, state, i
 
     def run():
         words = _load_bins(sizes, bins, row, start)
-        _thresholds(sizes, row, block, factors, exact_lse, state, scored, mass, shared)
+        _thresholds(sizes, row, block, base, exact_lse, state, scored, mass, shared)
         m.barrier()
         masks = _masks(sizes, words, start, quantized, length, shared)
         place, total = _places(sizes, masks, block, state, shared)
@@ -140,20 +139,19 @@ def _load_bins(sizes: _Sizes, bins, row, start):
     return [[load(i, head) for head in range(sizes.group)] for i in range(sizes.passes)]
 
 
-def _thresholds(sizes: _Sizes, row, block, factors, exact_lse, state, scored, mass, shared):
+def _thresholds(sizes: _Sizes, row, block, base, exact_lse, state, scored, mass, shared):
     """Kept bins of each head to shared memory; their tokens and mass to the row's results."""
     warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), 31)
     for group in range(sizes.heads // 4):
         head = m.add(warp, 4 * group)
         place = m.add(m.multiply(row, sizes.heads), head)
-        base = m.as_float(m.load(m.address(factors, m.add(m.multiply(place, 3), 2)))[0])
-        lse = m.as_float(m.load(m.address(exact_lse, place))[0])
+        top, lse = (m.as_float(m.load(m.address(x, place))[0]) for x in (base, exact_lse))
         peak = _from_key(m.load(state.peak(head))[0])
         at = state.bin(head, m.multiply(lane, LANE_BINS))
         words = [word for i in range(LANE_BINS // 2) for word in m.load(at, words=4, offset=16 * i)]
         at = state.above(head, m.multiply(lane, LANE_BINS))
         above = [word for i in range(LANE_BINS // 4) for word in m.load(at, words=4, offset=16 * i)]
-        kept, tokens, share = _threshold(sizes.top_p, lane, words[::2], words[1::2], above, base, peak, lse)
+        kept, tokens, share = _threshold(sizes.top_p, lane, words[::2], words[1::2], above, top, peak, lse)
 
         def store(head=head, place=place, kept=kept, tokens=tokens, share=share):
             m.store_shared(m.add(shared, m.left(head, 2)), [kept])
@@ -176,30 +174,34 @@ def _threshold(top_p: float, lane, places, counts, above, base, peak, exact_lse)
     # Masses are relative to the largest score or to base, whichever is higher.
     highest = m.maximum(base, peak)
     first_bin = m.multiply(lane, LANE_BINS)
-    top = m.multiply_float(m.subtract_float(base, highest), LOG2_E)
-    narrow = LOG2_E / BINS_PER_NAT
-    largest = m.exp2(m.multiply_float(m.subtract_float(peak, highest), LOG2_E))
-    surely_above = _warp_sum(_mass_above(first_bin, above, top, narrow), m.add_float)
+    largest = _exp(m.subtract_float(peak, highest))
+    lane_depth = m.multiply_float(m.to_float(first_bin), 1 / BINS_PER_NAT)
+    top = m.subtract_float(base, highest)
+    # The upper edges of this lane's first bin, and of its first one above base.
+    edge, edge_above = _exp(m.subtract_float(top, lane_depth)), _exp(m.add_float(top, lane_depth))
+    counted = functools.reduce(m.add_float, [m.multiply_float(m.to_float(n), _nats(i)) for i, n in enumerate(above)])
+    surely_above = _warp_sum(m.multiply_float(counted, m.multiply_float(edge_above, 1 / PLACES)), m.add_float)
     # An exact mass far above the peak needs no more precision than this.
-    exact = m.exp2(m.minimum(m.multiply_float(m.subtract_float(exact_lse, highest), LOG2_E), 60 * LOG2_E))
+    exact = _exp(m.minimum(m.subtract_float(exact_lse, highest), 60.0))
     is_first = m.less(lane, 1)
     upper, lower = [], []
     for i, (place, count) in enumerate(zip(places, counts, strict=True)):
         number = m.to_float(count)
-        depth = m.to_float(m.add(first_bin, i))
-        edge = m.exp2(m.fma(depth, -narrow, top))
-        mean = m.divide_float(m.to_float(place), m.maximum(m.multiply_float(number, float(PLACES)), 1.0))
-        low = m.multiply_float(number, m.exp2(m.fma(m.add_float(depth, mean), -narrow, top)))
-        high = m.multiply_float(m.multiply_float(number, edge), m.fma(mean, math.exp(-1 / BINS_PER_NAT) - 1, 1.0))
+        at_edge = m.multiply_float(number, m.multiply_float(edge, _nats(-i)))
+        mean = m.multiply_float(
+            m.to_float(place), m.reciprocal(m.maximum(m.multiply_float(number, float(PLACES)), 1.0))
+        )
+        low = m.multiply_float(at_edge, _least_exp(m.multiply_float(mean, 1 / BINS_PER_NAT)))
+        high = m.multiply_float(at_edge, m.fma(mean, _nats(-1) - 1, 1.0))
         if i == 0:
             # The largest score is known, and lies in bin 0 if anything does; the others may be anywhere above its edge.
-            below = m.multiply_float(edge, math.exp(-1 / BINS_PER_NAT))
+            below = m.multiply_float(edge, _nats(-1))
             others = m.maximum(m.fma(m.subtract_float(number, 1.0), below, largest), surely_above)
             low = m.select(is_first, m.select(m.less(count, 1), 0.0, others), low)
             high = m.select(is_first, number, high)
         if i == LANE_BINS - 1:
             is_last = m.less(30, lane)
-            low, high = m.select(is_last, 0.0, low), m.select(is_last, m.multiply_float(number, edge), high)
+            low, high = m.select(is_last, 0.0, low), m.select(is_last, at_edge, high)
         upper.append(high)
         lower.append(low)
     kept_lower, kept_upper = _running_sums(lane, lower), _running_sums(lane, upper)
@@ -223,17 +225,24 @@ def _threshold(top_p: float, lane, places, counts, above, base, peak, exact_lse)
     tokens = [m.select(k, count, 0) for k, count in zip(is_kept, counts, strict=True)]
     total, dropped = (_warp_sum(functools.reduce(m.add_float, x), m.add_float) for x in (middle, dropped))
     total = m.add_float(exact, total)
-    share = m.subtract_float(1.0, m.divide_float(dropped, m.select(m.less_float(0.0, total), total, 1.0)))
+    share = m.subtract_float(
+        1.0, m.multiply_float(dropped, m.reciprocal(m.select(m.less_float(0.0, total), total, 1.0)))
+    )
     return kept, _warp_sum(functools.reduce(m.add, tokens), m.add), share
 
 
-def _mass_above(first_bin, above, top, narrow: float):
-    """Mass that is surely above base, of a lane's bins: i is i to i + 1 bins' width above."""
-    mass = m.value(0.0)
-    for i, count in enumerate(above):
-        edge = m.exp2(m.fma(m.to_float(m.add(first_bin, i)), narrow, top))
-        mass = m.fma(m.multiply_float(m.to_float(count), 1 / PLACES), edge, mass)
-    return mass
+def _nats(bins: int) -> float:
+    """The factor between the masses of scores so many bins apart."""
+    return math.exp(bins / BINS_PER_NAT)
+
+
+def _exp(x):
+    return m.exp2(m.multiply_float(x, LOG2_E))
+
+
+def _least_exp(x):
+    """Just below e^-x, for x from 0 to 1/8: a series that alternates, up to a term that it subtracts."""
+    return m.fma(x, m.fma(x, m.fma(x, -1 / 6, 0.5), -1.0), 1.0)
 
 
 def _running_sums(lane, values):

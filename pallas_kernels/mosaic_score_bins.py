@@ -54,11 +54,11 @@ def takes(tokens: int, words: int, centroids: int) -> bool:
     )
 
 
-def score_bins(planes, factors, shift, bits, scale, bias, bias_gain, state, *, group: int, first: int, stop):
+def score_bins(planes, factors, base, shift, bits, scale, bias, bias_gain, state, *, group: int, first: int, stop):
     """Bins of scores, their counts, and the largest score.
 
     Args:
-      planes, factors, shift: of `rabitq_jax.prepared_query.PreparedQuery`: [B,K,H,...], of which G heads are real.
+      planes, factors, base, shift: of `rabitq_jax.prepared_query.PreparedQuery`, [B,K,H,...]; G heads are real.
       bits, scale, bias, bias_gain: as in `rabitq_jax.scores.proxy_scores_reference`.
       state: a reference, int32 [B,K,Z] with Z of `state_words`, all zero; see `State`. The kernel adds to it.
       group: G.
@@ -83,15 +83,13 @@ def score_bins(planes, factors, shift, bits, scale, bias, bias_gain, state, *, g
         kv_heads=kv_heads, group=group, groups=heads // HEADS, tokens=tokens, words=words, centroids=centroids,
         block=block, state_words=state.shape[-1], first=first, bias_gain=None if bias is None else float(bias_gain),
     )  # fmt: skip
-    # The kernel counts from the first token, in unsigned numbers: an empty range must not be less than empty.
-    stop = jnp.maximum(stop, first)
     return m.call(
         functools.partial(_kernel, sizes),
         name="score_bins",
         out_type=jax.ShapeDtypeStruct((batch, kv_heads, group, tokens // 4), jnp.int32),
         blocks=batch * kv_heads * (tokens // block),
         shared_words=heads * BINS + heads,
-    )(planes, factors, shift, bits, scale, *([] if bias is None else [bias]), stop, state)
+    )(planes, factors, base, shift, bits, scale, *([] if bias is None else [bias]), stop, state)
 
 
 def state_words(heads: int, blocks: int) -> int:
@@ -150,44 +148,51 @@ class _Sizes:
         return HEADS * self.groups
 
 
-def _kernel(sizes: _Sizes, planes, factors, shift, bits, scale, *rest):
-    """planes [R,H,4,W], factors [R,H,3], shift [R,H,C], bits [R,T,W], scale (and bias) [R,T], stop [B]; state [R,Z],
-    added to; bins [R,G,T/4]; shared memory. R rows of kv heads, H = heads padded to 4."""
+def _kernel(sizes: _Sizes, planes, factors, base, shift, bits, scale, *rest):
+    """planes [R,H,4,W], factors [R,H,2], base [R,H], shift [R,H,C], bits [R,T,W], scale (and bias) [R,T], stop [B];
+    state [R,Z], added to; bins [R,G,T/4]; shared memory. R rows of kv heads, H = heads padded to 4."""
     *bias, stop, state, bins, shared = rest
     blocks = sizes.tokens // sizes.block
     row = m.divide(m.block_index(), blocks)
     start = m.multiply(m.subtract(m.block_index(), m.multiply(row, blocks)), sizes.block)
-    stop = m.load(m.address(stop, m.divide(row, sizes.kv_heads)))[0]
+    # From the first token on, in unsigned numbers: an empty range must not be less than empty.
+    stop = m.maximum_signed(m.load(m.address(stop, m.divide(row, sizes.kv_heads)))[0], sizes.first)
+    end = m.add(start, sizes.block)
     shared = m.shared_address(shared)
 
-    def run():
+    def run(all_scored: bool):
         _clear_shared(sizes, shared)
-        score = _Scorer(sizes, row, stop, planes, factors, shift, bits, scale, bias, bins, shared)
+        score = _Scorer(sizes, row, stop, planes, factors, base, shift, bits, scale, bias, bins, shared, all_scored)
         peaks = m.loop(
             sizes.block // (STEP_TOKENS * WARPS * UNROLL), score.no_peaks(), lambda i, peaks: score(start, i, peaks)
         )
         _flush(sizes, peaks, score.bases, shared, State(state, row, sizes.padded, sizes.state_words))
 
-    m.when(m.both(m.less(start, stop), m.less(sizes.first, m.add(start, sizes.block))), run)
+    # Most blocks are scored as a whole, and need not ask token by token.
+    whole = m.both(m.not_less(start, sizes.first), m.not_less(stop, end))
+    some = m.both(m.less(start, stop), m.less(sizes.first, end))
+    m.when(whole, lambda: run(all_scored=True))
+    m.when(m.both(some, m.negate(whole)), lambda: run(all_scored=False))
 
 
 class _Scorer:
     """One lane's registers for a row: addresses, B fragments, and factors of its heads."""
 
-    def __init__(self, sizes: _Sizes, row, stop, planes, factors, shift, bits, scale, bias, bins, shared):
+    def __init__(
+        self, sizes: _Sizes, row, stop, planes, factors, base, shift, bits, scale, bias, bins, shared, all_scored: bool
+    ):
         lane, self.warp = m.bit_and(m.thread_index(), 31), m.right(m.thread_index(), 5)
         self.quad, self.t = m.right(lane, 2), m.bit_and(lane, 3)
-        self.sizes, self.row, self.stop = sizes, row, stop
+        self.sizes, self.row, self.stop, self.all_scored = sizes, row, stop, all_scored
         self.shift, self.bits, self.scale, self.bias, self.bins, self.shared = shift, bits, scale, bias, bins, shared
         self.columns = self._load_columns(planes)
         self.factors, self.bases = [], []
         for h in range(sizes.groups):
-            at = m.address(factors, m.multiply(self._head(h), 3))
-            gain, minus_sum, base = (m.as_float(m.load(at, offset=4 * i)[0]) for i in range(3))
+            gain, minus_sum = map(m.as_float, m.load(m.address(factors, m.left(self._head(h), 1)), words=2))
+            self.bases.append(m.as_float(m.load(m.address(base, self._head(h)))[0]))
             # Half a bin less: the conversion to an integer rounds to nearest.
-            top = m.fma(base, BINS_PER_NAT / (BINS - 1), -0.5 / (BINS - 1))
+            top = m.fma(self.bases[-1], BINS_PER_NAT / (BINS - 1), -0.5 / (BINS - 1))
             self.factors.append((gain, minus_sum, top))
-            self.bases.append(base)
 
     def _head(self, h):
         """Index in [R,H] of this lane's head of group h."""
@@ -248,7 +253,10 @@ class _Scorer:
         sizes = self.sizes
         # Unsigned: a token before the first one is far above.
         scored = [
-            m.less(m.subtract(m.add(token, i), sizes.first), m.subtract(self.stop, sizes.first)) for i in range(4)
+            None
+            if self.all_scored
+            else m.less(m.subtract(m.add(token, i), sizes.first), m.subtract(self.stop, sizes.first))
+            for i in range(4)
         ]
         new_peaks = []
         for h in range(sizes.groups):
@@ -259,7 +267,8 @@ class _Scorer:
                 z = _affine(dots[i], minus_sum, gain, scale[i], shifts[h])
                 if bias is not None:
                     z = m.fma(bias[i], sizes.bias_gain, z)
-                peak = m.select(scored[i], m.maximum(peak, m.minimum(z, 3e38)), peak)
+                larger = m.maximum(peak, m.minimum(z, 3e38))
+                peak = larger if scored[i] is None else m.select(scored[i], larger, peak)
                 bin_, one = _bin(z, top)
                 self._count(h, bin_, one, scored[i])
                 packed.append(bin_)
@@ -268,14 +277,14 @@ class _Scorer:
             word = m.add(
                 m.multiply(m.add(m.multiply(self.row, sizes.group), head), sizes.tokens // 4), m.right(token, 2)
             )
-            real = None if HEADS * h + HEADS <= sizes.group else m.as_i32(m.less(head, sizes.group))
+            real = None if HEADS * h + HEADS <= sizes.group else m.less(head, sizes.group)
             m.store(m.address(self.bins, word), [m.pack_bytes(packed)], where=real)
         return new_peaks
 
     def _count(self, h, bin_, one, scored):
         """Add a token to a bin in shared memory, [group][bin][head of 4]."""
         place = m.add(m.left(m.bit_and(bin_, BINS - 1), 4), m.left(self.t, 2))
-        m.add_shared(m.add(self.shared, place), one, offset=4 * HEADS * BINS * h, where=m.as_i32(scored))
+        m.add_shared(m.add(self.shared, place), one, offset=4 * HEADS * BINS * h, where=scored)
 
 
 def _dots(fragments, columns):

@@ -21,13 +21,13 @@ def zeros(batch: int, kv_heads: int, group: int, heads: int, tokens: int) -> int
 
 
 def score_and_select(
-    planes, factors, shift, exact_lse, zeros, bits, scale, bias, bias_gain, quantized, length,
+    planes, factors, base, shift, exact_lse, zeros, bits, scale, bias, bias_gain, quantized, length,
     *, group: int, sink: int, top_p: float,
 ):  # fmt: skip
     """`rabitq_jax.scores.proxy_scores_reference`, then `rabitq_jax.top_p.select_reference`: a superset of its tokens.
 
     Args:
-      planes, factors, shift, exact_lse, zeros: of `rabitq_jax.prepared_query.PreparedQuery`.
+      planes, factors, base, shift, exact_lse, zeros: of `rabitq_jax.prepared_query.PreparedQuery`.
       bits, scale, bias, bias_gain: as in `proxy_scores_reference`.
       quantized, length: int32 [B].
       group: G, the query heads that are real.
@@ -40,9 +40,9 @@ def score_and_select(
     """
     state = jax.new_ref(zeros)
     bins = mosaic_score_bins.score_bins(
-        planes, factors, shift, bits, scale, bias, bias_gain, state, group=group, first=sink, stop=quantized
+        planes, factors, base, shift, bits, scale, bias, bias_gain, state, group=group, first=sink, stop=quantized
     )
     indices, counts, scored, mass = mosaic_compact.compact(
-        bins, factors, exact_lse, state, quantized, length, sink=sink, top_p=top_p
+        bins, base, exact_lse, state, quantized, length, sink=sink, top_p=top_p
     )
     return indices, counts, scored[:, :, :group], mass[:, :, :group]

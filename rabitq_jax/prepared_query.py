@@ -12,7 +12,7 @@ from rabitq_jax._dispatch import select
 from rabitq_jax.cache import LayerCache
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.exact_logsumexp import exact_logsumexp_reference
-from rabitq_jax.scores import centroid_shift, proxy_scores_reference
+from rabitq_jax.scores import centroid_shift
 
 
 @jax.tree_util.register_dataclass
@@ -22,8 +22,9 @@ class PreparedQuery:
 
     Attributes:
       planes: int32 [B,K,H,4,W], bit planes of the levels; see `pallas_kernels.popcount_scores`.
-      factors: float32 [B,K,H,3]: step times softmax scale; minus the sum of the levels; where bins of scores begin, a
-        little above the largest score as a rule (see `pallas_kernels.prepare_query.likely_peak`).
+      factors: float32 [B,K,H,2], step times softmax scale, and minus the sum of the levels.
+      base: float32 [B,K,H], where bins of scores begin: above the largest score, as a rule (see
+        `pallas_kernels.prepare_query.likely_peak`).
       shift: float32 [B,K,H,C], scaled <q, c_k>.
       exact_lse: float32 [B,K,H], log-sum-exp of the exact tokens' logits; -inf for p over the scored tokens.
       zeros: int32 [B,K,Z], for kernels to count in.
@@ -31,6 +32,7 @@ class PreparedQuery:
 
     planes: jax.Array
     factors: jax.Array
+    base: jax.Array
     shift: jax.Array
     exact_lse: jax.Array
     zeros: jax.Array
@@ -49,14 +51,13 @@ def prepare_query_reference(query, cache: LayerCache, config: RaBitQConfig, soft
     minus_sum = -jnp.sum(quantized.levels, axis=-1).astype(jnp.float32)
 
     token = kernel.sample_positions(cache.quantized[:, None], config.sink, cache.capacity)
-    at = lambda x: jnp.take_along_axis(x, token.reshape(-1, 1, kernel.SAMPLES, *(1,) * (x.ndim - 3)), axis=2)  # noqa: E731
-    centroid = (token // codes.tokens_per_centroid)[:, None, None]
-    # A shift of its own for every sample: as many centroids as samples.
-    sample = proxy_scores_reference(
-        quantized.levels, at(codes.bits), gain, at(codes.scale), None if codes.bias is None else at(codes.bias),
-        softmax_scale, jnp.take_along_axis(shift, centroid, axis=3),
+    sample = jnp.take_along_axis(cache.keys, token[:, None, :, None], axis=2)
+    dtype = jnp.bfloat16 if query.dtype == cache.keys.dtype == jnp.bfloat16 else jnp.float32
+    logits = softmax_scale * jnp.einsum(
+        "bkgd,bksd->bkgs", query.astype(dtype), sample.astype(dtype),
+        precision="highest", preferred_element_type=jnp.float32,
     )  # fmt: skip
-    base = kernel.likely_peak(sample, cache.quantized[:, None, None], config.sink)
+    base = kernel.likely_peak(logits, cache.quantized[:, None, None], config.sink)
 
     exact_lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
     if config.top_p_scope == "all":
@@ -70,7 +71,8 @@ def prepare_query_reference(query, cache: LayerCache, config: RaBitQConfig, soft
 
     return PreparedQuery(
         planes=padded(bit_planes(quantized.levels)),
-        factors=padded(jnp.stack([gain, minus_sum, base], axis=-1)),
+        factors=padded(jnp.stack([gain, minus_sum], axis=-1)),
+        base=padded(base),
         shift=padded(shift),
         exact_lse=padded(exact_lse),
         zeros=jnp.zeros((*query.shape[:2], zeros), jnp.int32),
@@ -80,12 +82,12 @@ def prepare_query_reference(query, cache: LayerCache, config: RaBitQConfig, soft
 def _prepare_pallas(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, zeros: int):
     codes = cache.codes
     assert codes is not None
-    planes, factors, shift, exact_lse, zero = kernel.prepare_query(
-        query, cache.keys, codes.rotation, codes.query_centroid, codes.bits, codes.scale, codes.bias,
-        codes.key_centroids, key_codes.rounding_seed(config.query_rounding, prng_key), cache.quantized, cache.length,
+    planes, factors, base, shift, exact_lse, zero = kernel.prepare_query(
+        query, cache.keys, codes.rotation, codes.query_centroid, codes.key_centroids,
+        key_codes.rounding_seed(config.query_rounding, prng_key), cache.quantized, cache.length,
         sink=config.sink, softmax_scale=softmax_scale, scope_all=config.top_p_scope == "all", zeros=zeros,
     )  # fmt: skip
-    return PreparedQuery(planes=planes, factors=factors, shift=shift, exact_lse=exact_lse, zeros=zero)
+    return PreparedQuery(planes=planes, factors=factors, base=base, shift=shift, exact_lse=exact_lse, zeros=zero)
 
 
 IMPLEMENTATIONS = {"xla": prepare_query_reference, "pallas": _prepare_pallas}

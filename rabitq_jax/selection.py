@@ -71,7 +71,7 @@ def _choose_mosaic(query, cache: LayerCache, config: RaBitQConfig, softmax_scale
         query, cache, config, softmax_scale=softmax_scale, prng_key=prng_key, zeros=zeros, implementation="pallas"
     )
     indices, counts, scored, mass = mosaic_top_p.score_and_select(
-        prepared.planes, prepared.factors, prepared.shift, prepared.exact_lse, prepared.zeros,
+        prepared.planes, prepared.factors, prepared.base, prepared.shift, prepared.exact_lse, prepared.zeros,
         codes.bits, codes.scale, codes.bias, softmax_scale, cache.quantized, cache.length,
         group=group, sink=config.sink, top_p=config.top_p,
     )  # fmt: skip

@@ -94,7 +94,10 @@ class Emulator:
         return run
 
     add_float, subtract_float = _floats(np.add), _floats(np.subtract)
-    multiply_float, divide_float = _floats(np.multiply), _floats(np.divide)
+    multiply_float = _floats(np.multiply)
+
+    def reciprocal(self, x):
+        return np.float32(1) / x
 
     def to_float(self, x):
         return x.astype(np.float32)
@@ -107,11 +110,11 @@ class Emulator:
         power = np.exp2(x)
         return np.where(power < np.finfo(np.float32).tiny, np.float32(0), power).astype(np.float32)
 
+    def negate(self, condition):
+        return ~condition
+
     def select(self, condition, a, b):
         return np.where(condition, self.value(a), self.value(b))
-
-    def as_i32(self, condition):
-        return condition.astype(np.uint32)
 
     def as_float(self, x):
         return x.view(np.float32)
@@ -146,7 +149,7 @@ class Emulator:
         return memory[np.where(self.mask, word, 0)]
 
     def store(self, at, values, *, offset=0, where=None):
-        wanted = self.mask if where is None else self.mask & (where != 0)
+        wanted = self.mask if where is None else self.mask & where
         for i, x in enumerate(values):
             at.memory[(at.word + offset // 4 + i)[wanted]] = x[wanted]
 
@@ -170,8 +173,8 @@ class Emulator:
         for i, x in enumerate(values):
             self.shared[((at + offset) // 4 + i)[self.mask]] = x[self.mask]
 
-    def add_shared(self, at, x, *, offset, where):
-        wanted = self.mask & (where != 0)
+    def add_shared(self, at, x, *, offset, where=None):
+        wanted = self.mask if where is None else self.mask & where
         np.add.at(self.shared, ((at + offset) // 4)[wanted], x[wanted])
 
     def max_shared(self, at, x):

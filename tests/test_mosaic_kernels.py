@@ -54,10 +54,10 @@ def padded(x):
     return jnp.pad(x, [(0, 0), (0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 3))
 
 
-def prepared(levels, gain, base):
-    """Bit planes and factors, as `prepare_query` gives them."""
+def prepared(levels, gain, base, shift):
+    """Bit planes, factors, base and shift, as `prepare_query` gives them."""
     minus_sum = -jnp.sum(levels, axis=-1).astype(jnp.float32)
-    return padded(bit_planes(levels)), padded(jnp.stack([gain, minus_sum, base], axis=-1))
+    return tuple(map(padded, (bit_planes(levels), jnp.stack([gain, minus_sum], axis=-1), base, shift)))
 
 
 def zeros(shape):
@@ -67,10 +67,17 @@ def zeros(shape):
 
 def score_bins(shape, levels, bits, gain, scale, bias, bias_gain, shift, base, *, stop):
     """The kernel: bins, and of the state it leaves the counts and peaks of the real heads."""
-    planes, factors = prepared(levels, gain, base)
     state = jax.new_ref(zeros(shape))
     bins = mosaic_score_bins.score_bins(
-        planes, factors, padded(shift), bits, scale, bias, bias_gain, state, group=shape.group, first=FIRST, stop=stop
+        *prepared(levels, gain, base, shift),
+        bits,
+        scale,
+        bias,
+        bias_gain,
+        state,
+        group=shape.group,
+        first=FIRST,
+        stop=stop,
     )
     counts, peak = mosaic_score_bins.counts_and_peaks(state[...], padded_heads(shape.group))
     return bins, counts[:, :, : shape.group], peak[:, :, : shape.group]
@@ -78,9 +85,8 @@ def score_bins(shape, levels, bits, gain, scale, bias, bias_gain, shift, base, *
 
 def select(shape, arguments, base, exact_lse, quantized, length, *, top_p):
     levels, bits, gain, scale, bias, bias_gain, shift = arguments
-    planes, factors = prepared(levels, gain, base)
     return mosaic_top_p.score_and_select(
-        planes, factors, padded(shift), padded(exact_lse), zeros(shape), bits, scale, bias, bias_gain, quantized,
+        *prepared(levels, gain, base, shift), padded(exact_lse), zeros(shape), bits, scale, bias, bias_gain, quantized,
         length, group=shape.group, sink=FIRST, top_p=top_p,
     )  # fmt: skip
 
@@ -146,7 +152,8 @@ def check_selection(shape, sharpness, offset, *, top_p=0.9, jit=lambda run: run)
             assert weight[np.isin(among, chosen)].sum() >= top_p * (1 - SLACK) * weight.sum()
     assert np.all((np.asarray(mass) >= top_p) & (np.asarray(mass) <= 1))
     if offset >= 0 and top_p < 1:
-        assert np.asarray(n_scored).mean() <= 1.1 * np.asarray(want.scored).mean() + 2
+        # Flat scores are few bins, of which the last is kept whole.
+        assert np.asarray(n_scored).mean() <= (1.1 if sharpness >= 1 else 1.4) * np.asarray(want.scored).mean() + 2
     if top_p == 1:
         np.testing.assert_array_equal(counts, jnp.broadcast_to(length[:, None], counts.shape))
 
@@ -216,9 +223,16 @@ def test_mass_above_the_bins_is_bounded_in_an_emulator(offset, monkeypatch):
     z = np.asarray(proxy_scores_reference(*arguments), np.float64)[..., FIRST:1000]
     base = z.max(-1) + offset
     levels, bits, gain, *rest, shift = arguments
-    planes, factors = prepared(levels, gain, jnp.asarray(base, jnp.float32))
     state = jax.new_ref(zeros(shape))
-    mosaic_score_bins.score_bins(planes, factors, padded(shift), bits, *rest, state, group=3, first=FIRST, stop=stop)
+    mosaic_score_bins.score_bins(
+        *prepared(levels, gain, jnp.asarray(base, jnp.float32), shift),
+        bits,
+        *rest,
+        state,
+        group=3,
+        first=FIRST,
+        stop=stop,
+    )
     above = np.asarray(state[...])[..., 4 * 512 : 4 * 768].reshape(1, 2, 4, 256)[:, :, :3] / 256
     counted = (above * np.exp(np.arange(256) / 8)).sum(-1)
     there = np.where(z > base[..., None], np.exp(z - base[..., None]), 0).sum(-1)
@@ -275,9 +289,8 @@ def test_compact_in_an_emulator(shape, top_p, monkeypatch):
     peak = np.where(scored.any(-1), base + rng.normal(1, 2, heads), -np.inf).astype(np.float32)
     exact_lse = (base + rng.choice([-np.inf, -8.0, 0.0, 100.0], heads)).astype(np.float32)
     above = np.where(np.arange(256) < 8 * (peak - base)[..., None], rng.integers(0, 900, (*heads, 256)), 0)
-    factors = padded(jnp.stack([jnp.zeros(heads)] * 2 + [jnp.asarray(base)], axis=-1))
     indices, attended, n_scored, _ = mosaic_compact.compact(
-        jnp.asarray(bins.view(np.int32)), factors, padded(jnp.asarray(exact_lse)),
+        jnp.asarray(bins.view(np.int32)), padded(jnp.asarray(base)), padded(jnp.asarray(exact_lse)),
         jax.new_ref(bin_state(shape, jnp.asarray(counts), padded(jnp.asarray(above)), padded(jnp.asarray(peak)))),
         quantized, length,
         sink=FIRST, top_p=top_p,
