@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import speed_report
-from benchmarks.quality.report import about_training, table
+from benchmarks.quality.report import about_training, sweep_table, table
 from benchmarks.record import RESULTS
 from benchmarks.speed_report import thousands
 
@@ -21,13 +21,15 @@ OPERATIONS = ("scores", "top_p", "gathered_attention")
 def main() -> None:
     # An extra: the tables need no plotting library.
     from benchmarks import speed_plots
-    from benchmarks.quality import plots
+    from benchmarks.quality import plots, sweep
 
     plot_decode(read("decode.json"), RESULTS / "decode.png")
     if has("decode_attention.json"):
         speed_plots.draw(read("decode_attention.json"), RESULTS / "decode_attention.png")
     if has("quality.json"):
         plots.draw(read("quality.json"), RESULTS, "quality")
+    if has("sweep.json"):
+        plots.save(sweep.draw(read("sweep.json")), RESULTS / "sweep.png")
     plots.save(plots.draw_training(read("training.json")), RESULTS / "training.png")
     for page in PAGES:
         page.write_text(rewritten(page.read_text(encoding="utf-8")), encoding="utf-8")
@@ -51,6 +53,9 @@ def sections() -> dict[str, str]:
         made["demo"] = f"```\n{(RESULTS / 'demo.txt').read_text(encoding='utf-8').rstrip()}\n```"
     if has("quality.json"):
         made["quality"] = quality(read("quality.json"), read("training.json"))
+    if has("sweep.json"):
+        sweep = read("sweep.json")
+        made["sweep"] = "\n\n".join([paragraph(f"{provenance(sweep, 'sweep.json', 'results')}:"), sweep_table(sweep)])
     measured = [name for name in OPERATIONS if has(f"{name}.json")]
     if measured:
         made["operations"] = "\n\n".join(part(speed_report.operation(read(f"{name}.json"), name)) for name in measured)
@@ -59,11 +64,11 @@ def sections() -> dict[str, str]:
 
 def results() -> str:
     """The speed of a layer's decode step and of whole models."""
+    parts = [decode_table(read("decode.json"))]
     if has("decode_attention.json"):
-        layer = part(speed_report.decode_attention(read("decode_attention.json"))) + picture("decode_attention.png")
-    else:
-        layer = decode_table(read("decode.json"))
-    parts = [layer]
+        parts.insert(
+            0, part(speed_report.decode_attention(read("decode_attention.json"))) + picture("decode_attention.png")
+        )
     if has("decode_step.json"):
         parts.append(part(speed_report.decode_step(read("decode_step.json"))))
     if has("prefill.json"):
@@ -113,7 +118,8 @@ def headline(decode: dict[str, Any]) -> str:
 
 def decode_table(decode: dict[str, Any]) -> str:
     about_decode = (
-        "**One decode step of one layer**: 32 query heads, 8 kv heads, 128 dimensions, bfloat16, "
+        "**Against the length of the context**, with an earlier state of the kernels: 32 query heads, 8 kv heads, 128 "
+        "dimensions, bfloat16, "
         f"p = {decode['top_p']:g}; random keys, and queries whose logits deviate by {decode['sharpness']:g} nats "
         f"({provenance(decode, 'decode.json')}). Dense attention over the whole cache is `decode` without codes (XLA), "
         "and cuDNN's through jax.nn, without appending the token. RaBitQ's time is that of all its parts: appending, "
@@ -159,9 +165,9 @@ def generate_table(generate: dict[str, Any]) -> str:
 def quality(measured: dict[str, Any], training: dict[str, Any]) -> str:
     """What the retrieval model answers, and what it reads for that."""
     (problems,) = {row["examples"] for row in measured["rows"]}
-    choices = ", ".join(f"{name}={value}" for name, value in measured["settings"].items())
+    choices = "".join(f", {name}={value}" for name, value in measured["settings"].items())
     about = (
-        f"**Answers of a trained model** ({provenance(measured, 'quality.json')}; `RaBitQConfig()` with {choices}). "
+        f"**Answers of a trained model** ({provenance(measured, 'quality.json')}; `RaBitQConfig(top_p=...{choices})`). "
         f"{about_training(training)} Tasks in the manner of RULER hide facts in sources of Python's standard library "
         f"that were held out from training, and ask for one at the end. A score is the share of {problems} questions "
         "that were answered right, in percent, with its 95 % interval. Tokens attended and bytes read are means over "
@@ -183,11 +189,11 @@ def paragraph(text: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def provenance(result: dict[str, Any], name: str) -> str:
+def provenance(result: dict[str, Any], name: str, folder: str = "benchmarks/results") -> str:
     environment = result["environment"]
     return (
         f"{environment['device']}, JAX {environment['jax']}, commit {environment['commit']}, "
-        f"`{environment['command']}`, [{name}](benchmarks/results/{name})"
+        f"`{environment['command']}`, [{name}]({folder}/{name})"
     )
 
 

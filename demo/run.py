@@ -44,7 +44,7 @@ def main(key: str, value: str, prompt_tokens: int, top_p: float, seed: int, reco
     ]
     click.echo("\n".join(about))
     # Every layer selects: the model has but five.
-    config = RaBitQConfig(top_p=top_p, dense_layers=0)
+    config = RaBitQConfig(top_p=top_p)
     line_end = tokenizer.encode("\n", add_special_tokens=False)
     runs = []
     for name, choice in (("dense", None), ("RaBitQ", config)):

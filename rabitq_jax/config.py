@@ -27,7 +27,7 @@ class RaBitQConfig:
       recent: smallest number of last tokens that are always attended, and not yet quantized.
       interval: tokens quantized in one go when the unquantized tail reaches `recent + interval`; also the length of the
         block that shares a centroid when `key_centroid` is "block".
-      dense_layers: number of first layers that attend densely.
+      dense_layers: number of first layers that attend densely. Top-p keeps many tokens where attention is flat.
       rotation: "haar" (QR of a Gaussian matrix) or "hadamard" (random signs times Walsh-Hadamard, three rounds); "none"
         takes keys as they are, to measure what rotating is worth: the estimate is then biased.
       rotation_seed: seed of every layer's rotation.
@@ -48,7 +48,7 @@ class RaBitQConfig:
     sink: int = 16
     recent: int = 64
     interval: int = 128
-    dense_layers: int = 2
+    dense_layers: int = 0
     rotation: RotationKind = "haar"
     rotation_seed: int = 0
     key_centroid: KeyCentroid = "block"

@@ -221,7 +221,7 @@ def test_sweep_reads_its_table_off_at_equal_bytes():
         }.items()
         for p, b, d in points
     ]
-    lines = sweep.table({"rows": rows, "tokens": 100}).split("\n")
+    lines = report.sweep_table({"rows": rows, "tokens": 100}).split("\n")
     assert "20.0% of the bytes" in lines[0]
     assert lines[4].startswith("| `base` | 0.900 | 100.0% | 0.2000 |")
     assert lines[5].startswith("| `better` | 0.850 | 100.0% | 0.1000 |")
@@ -230,7 +230,7 @@ def test_sweep_reads_its_table_off_at_equal_bytes():
 
 def test_sweep_changes_one_choice():
     base = sweep.Case(change={}, top_p=0.9)
-    assert base.config == RaBitQConfig(top_p=0.9, dense_layers=0)
+    assert base.config == RaBitQConfig(top_p=0.9)
     for change in sweep.VARIANTS[1:]:
         case = sweep.Case(change=change, top_p=0.9)
         assert len(change) == 1 and case.config != base.config

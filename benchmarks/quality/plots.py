@@ -24,6 +24,15 @@ def save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def scale_shares(axis: Any) -> None:
+    """A logarithmic x axis of shares, in percent."""
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    ticks = [share for share in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if low <= share <= high]
+    axis.set_xticks(ticks, [f"{share:.1%}" if share < 0.01 else f"{share:.0%}" for share in ticks])
+    axis.minorticks_off()
+
+
 def draw_scores(content: dict[str, Any]) -> plt.Figure:
     """Score against the share of tokens attended: a panel a length, a line a task, a point for each p."""
     lengths = sorted({row["tokens"] for row in content["rows"]})
@@ -40,7 +49,8 @@ def draw_scores(content: dict[str, Any]) -> plt.Figure:
                 [row["kept"] for row in sparse], [row["score"] for row in sparse], "o-", color=f"C{color}", label=task
             )
             axis.axhline(dense["score"], color=f"C{color}", linewidth=0.8, linestyle=":")
-        axis.set(title=f"{tokens:,} tokens", xlabel="share of tokens attended", xscale="log", ylim=(-0.03, 1.03))
+        axis.set(title=f"{tokens:,} tokens", xlabel="share of tokens attended", ylim=(-0.03, 1.03))
+        scale_shares(axis)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("score (dotted: dense)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)

@@ -2,6 +2,10 @@
 
 from typing import Any
 
+import numpy as np
+
+SWEEP_MEASURES = ("exact", "divergence", "captured", "error_nats")
+
 
 def table(content: dict[str, Any]) -> str:
     """One table a length: a line a way of decoding, a column a task, then what was read and captured."""
@@ -39,6 +43,42 @@ def length_table(content: dict[str, Any], tokens: int) -> str:
             line += [share(answers["claimed"]), share(answers["captured"])]
             line += [f"{answers['divergence']:.4f}", f"{text['perplexity']:.3f}"]
         lines.append(cells(line))
+    return "\n".join(lines)
+
+
+def sweep_table(content: dict[str, Any]) -> str:
+    """A line a change: its measures at the bytes that the base reads at the middle p, interpolated along its own p."""
+    base = sorted((row for row in content["rows"] if row["change"] == "base"), key=lambda row: row["top_p"])
+    target = base[len(base) // 2]["bytes_read"]
+    lines = [
+        f"At {target:.1%} of the bytes of dense attention, {content['tokens']:,} tokens, answers of every task:",
+        "",
+        cells(["change", "p", "answers exact", "KL to dense, nats", "mass captured", "error of logits, nats"]),
+        cells(["---", *["---:"] * 5]),
+    ]
+    for change in unique(row["change"] for row in content["rows"]):
+        rows = sorted((row for row in content["rows"] if row["change"] == change), key=lambda row: row["bytes_read"])
+        bytes_read = [row["bytes_read"] for row in rows]
+        if not bytes_read[0] <= target <= bytes_read[-1]:
+            ends = f"{bytes_read[0]:.1%} to {bytes_read[-1]:.1%} of the bytes"
+            lines.append(cells([f"`{change}`", ends, "", "", "", f"{rows[0]['error_nats']:.2f}"]))
+            continue
+        at = {
+            name: float(np.interp(target, bytes_read, [row[name] for row in rows]))
+            for name in ("top_p", *SWEEP_MEASURES)
+        }
+        lines.append(
+            cells(
+                [
+                    f"`{change}`",
+                    f"{at['top_p']:.3f}",
+                    f"{at['exact']:.1%}",
+                    f"{at['divergence']:.4f}",
+                    f"{at['captured']:.4f}",
+                    f"{at['error_nats']:.2f}",
+                ]
+            )
+        )
     return "\n".join(lines)
 
 

@@ -15,11 +15,10 @@ import click
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
-import numpy as np
 
 from benchmarks.quality.evaluate import Known, compare, probe
-from benchmarks.quality.plots import save
-from benchmarks.quality.report import cells, unique
+from benchmarks.quality.plots import save, scale_shares
+from benchmarks.quality.report import sweep_table, unique
 from benchmarks.quality.tasks import TASKS, make_problems
 from benchmarks.quality.workers import spread, worker_options
 from benchmarks.record import RESULTS, commit_option, write_result
@@ -27,8 +26,7 @@ from models import RETRIEVER, load_pretrained
 from rabitq_jax import RaBitQConfig
 
 TOP_P = (0.8, 0.95, 0.99)
-# One choice each; all others are the base's. The shipped model has few layers, so that its base has no dense ones.
-BASE: dict[str, Any] = {"dense_layers": 0}
+# One choice each; all others are the defaults.
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {"top_p_scope": "scored"},
@@ -49,12 +47,11 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"query_centroid": "prompt"},
     {"query_rounding": "nearest"},
 )
-MEASURES = ("exact", "divergence", "captured", "error_nats")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One change to the base, at one p."""
+    """One change to the defaults, at one p."""
 
     change: dict[str, Any]
     top_p: float
@@ -65,7 +62,7 @@ class Case:
 
     @property
     def config(self) -> RaBitQConfig:
-        return RaBitQConfig(top_p=self.top_p, **BASE | self.change)
+        return RaBitQConfig(top_p=self.top_p, **self.change)
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -86,13 +83,13 @@ def main(model: str, tokens: int, examples: int, name: str, processes: int, gpus
         dense, *rows[i::processes] = measured
     content = {
         "model": model if model != str(RETRIEVER) else "retriever", "tokens": tokens, "examples": examples,
-        "base": BASE, "dense": dense,
+        "dense": dense,
         "rows": [{"change": case.label, "top_p": case.top_p, **row} for case, row in zip(cases, rows, strict=True)],
     }  # fmt: skip
     path = write_result(f"{name}.json", content, commit=commit)
-    path.with_suffix(".md").write_text(table(content) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(sweep_table(content) + "\n", encoding="utf-8")
     save(draw(content), RESULTS / f"{name}.png")
-    click.echo(table(content))
+    click.echo(sweep_table(content))
     click.echo(path)
 
 
@@ -106,39 +103,6 @@ def measure(model: str, tokens: int, examples: int, cases: Sequence[Case]) -> li
     return [compare(run, passes[0]) for run in passes]
 
 
-def table(content: dict[str, Any]) -> str:
-    """A line a change: its measures at the bytes that the base reads at the middle p, interpolated along its own p."""
-    base = sorted((row for row in content["rows"] if row["change"] == "base"), key=lambda row: row["top_p"])
-    target = base[len(base) // 2]["bytes_read"]
-    lines = [
-        f"At {target:.1%} of the bytes of dense attention, {content['tokens']:,} tokens, answers of every task:",
-        "",
-        cells(["change", "p", "answers exact", "KL to dense, nats", "mass captured", "error of logits, nats"]),
-        cells(["---", *["---:"] * 5]),
-    ]
-    for change in unique(row["change"] for row in content["rows"]):
-        rows = sorted((row for row in content["rows"] if row["change"] == change), key=lambda row: row["bytes_read"])
-        bytes_read = [row["bytes_read"] for row in rows]
-        if not bytes_read[0] <= target <= bytes_read[-1]:
-            ends = f"{bytes_read[0]:.1%} to {bytes_read[-1]:.1%} of the bytes"
-            lines.append(cells([f"`{change}`", ends, "", "", "", f"{rows[0]['error_nats']:.2f}"]))
-            continue
-        at = {name: float(np.interp(target, bytes_read, [row[name] for row in rows])) for name in ("top_p", *MEASURES)}
-        lines.append(
-            cells(
-                [
-                    f"`{change}`",
-                    f"{at['top_p']:.3f}",
-                    f"{at['exact']:.1%}",
-                    f"{at['divergence']:.4f}",
-                    f"{at['captured']:.4f}",
-                    f"{at['error_nats']:.2f}",
-                ]
-            )
-        )
-    return "\n".join(lines)
-
-
 def draw(content: dict[str, Any]) -> plt.Figure:
     """Divergence from dense, and attention captured, against the bytes read: a line a change."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
@@ -148,9 +112,11 @@ def draw(content: dict[str, Any]) -> plt.Figure:
         for axis, name in zip(axes, ("divergence", "captured"), strict=True):
             points = [row["bytes_read"] for row in rows], [row[name] for row in rows]
             axis.plot(*points, "o-", markersize=3, label=change, **style)
-    axes[0].set(ylabel="KL to dense, nats", yscale="log", xscale="log", xlabel="bytes read, of dense attention's")
-    axes[1].set(ylabel="attention captured", xscale="log", xlabel="bytes read, of dense attention's")
+    axes[0].set(ylabel="KL to dense, nats", yscale="log")
+    axes[1].set(ylabel="attention captured")
     for axis in axes:
+        axis.set_xlabel("bytes read, of dense attention's")
+        scale_shares(axis)
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
