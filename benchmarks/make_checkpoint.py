@@ -81,7 +81,10 @@ def _rescale(model: Llama, sharpness: float) -> None:
     for path, parameter in nnx.to_flat_state(nnx.state(model)):
         if len(parameter.shape) == 2:
             weight = parameter.get_value()
-            spread = sharpness if "q_proj" in path or "k_proj" in path else 1.0
+            spread = jnp.ones(())
+            if "qkv_proj" in path:
+                values = model.config.num_kv_heads * model.config.head_dim
+                spread = jnp.where(jnp.arange(weight.shape[1]) < weight.shape[1] - values, sharpness, 1.0)
             inputs = 1 if "embed_tokens" in path else weight.shape[0]
             parameter.set_value((weight * (spread / inputs**0.5 / jnp.std(weight))).astype(weight.dtype))
 

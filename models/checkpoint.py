@@ -37,15 +37,24 @@ class StoredTensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parameter:
-    """A parameter of the model and the tensor that it is stored as."""
+class Part:
+    """Columns of a parameter that are stored as one tensor: all of them, but for projections that are one matrix here.
+
+    Attributes:
+      path: of the parameter.
+      module: the tensor's own module, the last but one of its name.
+      shape: of these columns.
+      first: the first one's number.
+    """
 
     path: tuple[Any, ...]
+    module: str
     shape: tuple[int, ...]
+    first: int
 
     @property
     def tensor_name(self) -> str:
-        name = ".".join(map(str, self.path))
+        name = ".".join(map(str, (*self.path[:-2], self.module, self.path[-1])))
         return name if self.path[0] == "lm_head" else f"model.{name}"
 
     @property
@@ -55,6 +64,20 @@ class Parameter:
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         return self.shape[::-1] if self.transposed else self.shape
+
+
+def parts_of(path: tuple[Any, ...], shape: tuple[int, ...], config: LlamaConfig) -> list[Part]:
+    """The tensors that a parameter is stored as, in the order of its columns."""
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    widths = {
+        "qkv_proj": {"q_proj": query, "k_proj": key, "v_proj": key},
+        "gate_up_proj": {"gate_proj": config.mlp_size, "up_proj": config.mlp_size},
+    }.get(path[-2], {path[-2]: shape[-1]})
+    starts = np.cumsum([0, *widths.values()]).tolist()
+    return [
+        Part(path, module, (*shape[:-1], width), first)
+        for (module, width), first in zip(widths.items(), starts, strict=False)
+    ]
 
 
 def load_model(folder: str | Path, config: LlamaConfig, *, dtype=jnp.bfloat16, progress: bool = True) -> Llama:
@@ -77,16 +100,23 @@ def load_model(folder: str | Path, config: LlamaConfig, *, dtype=jnp.bfloat16, p
     model = Llama.abstract(config, dtype=dtype)
     state = nnx.state(model)
     variables = dict(nnx.to_flat_state(state))
-    parameters = [Parameter(path, variable.shape) for path, variable in variables.items()]
+    parts = [part for path, variable in variables.items() for part in parts_of(path, variable.shape, config)]
     stored = _stored_tensors(Path(folder))
-    _check_tensors(stored, parameters, config, Path(folder))
-    parameters.sort(key=lambda parameter: (stored[parameter.tensor_name].file, parameter.tensor_name))
-    total = sum(stored[parameter.tensor_name].nbytes for parameter in parameters)
+    _check_tensors(stored, parts, config, Path(folder))
+    parts.sort(key=lambda part: (stored[part.tensor_name].file, part.tensor_name))
+    total = sum(stored[part.tensor_name].nbytes for part in parts)
+    arrays: dict[tuple[Any, ...], jax.Array] = {}
     with tqdm(total=total, desc="Loading", unit="B", unit_scale=True, disable=not progress) as bar:
-        for parameter in parameters:
-            tensor = stored[parameter.tensor_name]
-            variables[parameter.path].set_value(_load(tensor, transpose=parameter.transposed, dtype=dtype))
+        for part in parts:
+            tensor, shape = stored[part.tensor_name], variables[part.path].shape
+            if part.shape == shape:
+                arrays[part.path] = _load(tensor, transpose=part.transposed, dtype=dtype)
+            else:
+                whole = arrays[part.path] if part.path in arrays else jnp.empty(shape, dtype)
+                arrays[part.path] = _load_into(whole, tensor, part)
             bar.update(tensor.nbytes)
+    for path, array in arrays.items():
+        variables[path].set_value(array)
     nnx.update(model, state)
     return model
 
@@ -100,10 +130,11 @@ def save_pretrained(model: Llama, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        parameter = Parameter(path, variable.shape)
         array = np.asarray(variable.get_value())
-        # safetensors writes the buffer as it lies in memory, whatever the strides.
-        tensors[parameter.tensor_name] = np.ascontiguousarray(array.T if parameter.transposed else array)
+        for part in parts_of(path, variable.shape, model.config):
+            columns = array[..., part.first : part.first + part.shape[-1]]
+            # safetensors writes the buffer as it lies in memory, whatever the strides.
+            tensors[part.tensor_name] = np.ascontiguousarray(columns.T if part.transposed else columns)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     content = model.config.to_hf() | {"torch_dtype": model.dtype.name}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -151,21 +182,19 @@ def _open(file: Path) -> safe_open:
         raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
 
 
-def _check_tensors(
-    stored: dict[str, StoredTensor], parameters: list[Parameter], config: LlamaConfig, folder: Path
-) -> None:
-    expected = {parameter.tensor_name for parameter in parameters}
+def _check_tensors(stored: dict[str, StoredTensor], parts: list[Part], config: LlamaConfig, folder: Path) -> None:
+    expected = {part.tensor_name for part in parts}
     missing = sorted(expected - set(stored))
     unknown = sorted(name for name in set(stored) - expected if not _is_redundant(name, config))
     if missing or unknown:
         problems = [f"{kind} {_listing(names)}" for kind, names in (("lack", missing), ("also hold", unknown)) if names]
         raise ValueError(f"the weights in {folder} do not fit config.json: they {' and '.join(problems)}")
-    for parameter in parameters:
-        tensor = stored[parameter.tensor_name]
-        if tensor.shape != parameter.tensor_shape:
+    for part in parts:
+        tensor = stored[part.tensor_name]
+        if tensor.shape != part.tensor_shape:
             raise ValueError(
                 f"tensor {tensor.name} in {tensor.file} has shape {tensor.shape}, by config.json it must be "
-                f"{parameter.tensor_shape}"
+                f"{part.tensor_shape}"
             )
         if tensor.dtype not in BYTES_PER_VALUE:
             raise ValueError(
@@ -185,12 +214,25 @@ def _listing(names: list[str], limit: int = 5) -> str:
 
 
 def _load(tensor: StoredTensor, *, transpose: bool, dtype) -> jax.Array:
+    return jax.block_until_ready(_convert(_read(tensor), transpose=transpose, dtype=dtype))
+
+
+def _load_into(whole: jax.Array, tensor: StoredTensor, part: Part) -> jax.Array:
+    return jax.block_until_ready(_place(whole, _read(tensor), part.first, transpose=part.transposed))
+
+
+def _read(tensor: StoredTensor) -> jax.Array:
     # The file is opened anew for each tensor: pages of it that were read stay in memory while it is open.
     with _open(tensor.file) as tensors:
-        array = jax.device_put(tensors.get_tensor(tensor.name))
-    return jax.block_until_ready(_convert(array, transpose=transpose, dtype=dtype))
+        return jax.device_put(tensors.get_tensor(tensor.name))
 
 
 @functools.partial(jax.jit, static_argnames=("transpose", "dtype"))
 def _convert(array: jax.Array, *, transpose: bool, dtype) -> jax.Array:
     return (array.T if transpose else array).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("transpose",), donate_argnames=("whole",))
+def _place(whole: jax.Array, array: jax.Array, first, *, transpose: bool) -> jax.Array:
+    columns = (array.T if transpose else array).astype(whole.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(whole, columns, first, axis=whole.ndim - 1)

@@ -1,7 +1,8 @@
 """Llama in Flax NNX: a decoder that leaves attention to its caller.
 
-Modules and parameters are named as in Hugging Face's LlamaForCausalLM, so that a parameter's path is its tensor's name;
-weights of linear layers are stored [in, out], the transpose of Hugging Face's.
+Modules and parameters are named as in Hugging Face's LlamaForCausalLM, and weights of linear layers are stored [in,
+out], the transpose of Hugging Face's. Projections of the same input are one matrix here, `qkv_proj` and `gate_up_proj`:
+for one token, reading a small matrix takes several times as long as its bytes would.
 """
 
 import functools
@@ -111,31 +112,27 @@ class Attention(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, dtype, rngs: nnx.Rngs):
         linear = functools.partial(Linear, bias=config.attention_bias, dtype=dtype, rngs=rngs)
-        self.head_dim = config.head_dim
-        self.q_proj = linear(config.hidden_size, config.num_heads * config.head_dim)
-        self.k_proj = linear(config.hidden_size, config.num_kv_heads * config.head_dim)
-        self.v_proj = linear(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.qkv_proj = linear(config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
         self.o_proj = linear(config.num_heads * config.head_dim, config.hidden_size)
 
     def __call__(self, hidden, rotate, attend, cache):
         """[B,N,hidden] -> [B,N,hidden], the new cache, stats."""
-        q, k, v = (self._heads(projection(hidden)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        heads = self.qkv_proj(hidden).reshape(*hidden.shape[:-1], -1, self.head_dim)
+        q, k, v = jnp.split(heads, [self.num_heads, self.num_heads + self.num_kv_heads], axis=-2)
         out, cache, stats = attend(rotate(q), rotate(k), v, cache)
         return self.o_proj(out.reshape(*hidden.shape[:-1], -1)), cache, stats
-
-    def _heads(self, projected):
-        return projected.reshape(*projected.shape[:-1], -1, self.head_dim)
 
 
 class MLP(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype, rngs: nnx.Rngs):
         linear = functools.partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.gate_proj = linear(config.hidden_size, config.mlp_size)
-        self.up_proj = linear(config.hidden_size, config.mlp_size)
+        self.gate_up_proj = linear(config.hidden_size, 2 * config.mlp_size)
         self.down_proj = linear(config.mlp_size, config.hidden_size)
 
     def __call__(self, hidden):
-        return self.down_proj(jax.nn.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        gate, up = jnp.split(self.gate_up_proj(hidden), 2, axis=-1)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Linear(nnx.Module):

@@ -175,8 +175,9 @@ def test_the_models_eos_tokens_are_the_default(model):
 
 def test_nan_in_the_weights_shows_in_the_result(model):
     broken = nnx.clone(model)
-    weight = broken.layers[1].self_attn.k_proj.weight
-    weight.set_value(weight[...].at[0, 0].set(jnp.nan))
+    weight = broken.layers[1].self_attn.qkv_proj.weight
+    first_key = MODEL_CONFIG.num_heads * MODEL_CONFIG.head_dim
+    weight.set_value(weight[...].at[0, first_key].set(jnp.nan))
     assert not generate(broken, prompt(120), CONFIG, max_new_tokens=16, key=KEY).finite[0]
     assert generate(model, prompt(120), CONFIG, max_new_tokens=16, key=KEY).finite[0]
 

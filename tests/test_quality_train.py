@@ -64,7 +64,8 @@ def test_stopped_run_goes_on_as_if_it_had_not(tmp_path, results):
 def test_losses_weigh_answers_and_text():
     model = train.new_model(TINY)
     definition, params = nnx.split(model)
-    tokens, is_answer = train.make_batch(0, 120, 2)
+    tokens, is_answer = train.make_batch(0, 200, 4)
+    assert is_answer.any()
     total, (answers, text, right) = train.losses(definition, params, tokens, is_answer)
     assert float(total) == pytest.approx(float(answers) + train.TEXT_WEIGHT * float(text), rel=1e-5)
     # A new model knows nothing: logits of unit deviation cost half a nat more than none.
@@ -82,5 +83,5 @@ def test_new_model_writes_little_to_the_residual_stream():
     weights = {
         ".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(train.new_model(config)))
     }
-    assert float(jnp.std(weights["layers.0.self_attn.q_proj.weight"])) == pytest.approx(128**-0.5, rel=1e-3)
+    assert float(jnp.std(weights["layers.0.self_attn.qkv_proj.weight"])) == pytest.approx(128**-0.5, rel=1e-3)
     assert float(jnp.std(weights["layers.1.mlp.down_proj.weight"])) == pytest.approx(48**-0.5 / 2, rel=1e-3)
