@@ -49,27 +49,17 @@ def _histogram_kernel(quantized_ref, peak_ref, scores_ref, _, counts_ref, *, blo
             addupdate(counts_ref, (g, place), jnp.ones((block,), jnp.int32))
 
 
-def _threshold_kernel(
-    counts_ref, base_ref, peak_ref, exact_lse_ref, kept_bins_ref, scored_ref, mass_ref, *, bins, bins_per_nat, top_p
-):
-    """counts [bins or more], base, peak, exact_lse [] -> bins kept [], tokens in them [], estimated mass share [].
-
-    Bin i holds scores from i to i + 1 bins' width below base; bin 0 also those above it, the largest being peak.
-    """
-    counts = counts_ref[pl.ds(0, bins)]
-    place = jnp.arange(bins, dtype=jnp.int32)
-    n = counts.astype(jnp.float32)
-    # Masses are relative to the largest score or to base, whichever is higher.
-    peak = jnp.maximum(base_ref[...], peak_ref[...])
-    step = jnp.exp(jnp.full((), -1.0 / bins_per_nat, jnp.float32))
-    each = jnp.exp(base_ref[...] - peak + place.astype(jnp.float32) * (-1.0 / bins_per_nat))
-    upper = n * jnp.where(place == 0, 1.0, each)
-    lower = jnp.where(place == bins - 1, 0.0, n * each * step)
-    # The largest score is known, and lies in bin 0 if anything does.
-    largest = jnp.exp(peak_ref[...] - peak)
-    lower = jnp.where((place == 0) & (counts > 0), (n - 1) * each * step + largest, lower)
+def _threshold_kernel(counts_ref, peak_ref, exact_lse_ref, kept_bins_ref, scored_ref, mass_ref, *, top_p):
+    """counts [2 BINS], peak, exact_lse [] -> bins kept [], tokens in them [], estimated mass share []."""
+    counts = counts_ref[pl.ds(0, BINS)]
+    place = jnp.arange(BINS, dtype=jnp.int32)
+    # Masses are relative to the largest score, which lies in bin 0.
+    step = jnp.exp(jnp.full((), -1.0 / BINS_PER_NAT, jnp.float32))
+    upper = counts.astype(jnp.float32) * jnp.exp(place.astype(jnp.float32) * (-1.0 / BINS_PER_NAT))
+    lower = jnp.where(place == BINS - 1, 0.0, upper * step)
+    lower = jnp.where((place == 0) & (counts > 0), (upper - 1) * step + 1, lower)
     # An exact mass far above the peak needs no more precision than this.
-    exact = jnp.exp(jnp.minimum(exact_lse_ref[...] - peak, 60.0))
+    exact = jnp.exp(jnp.minimum(exact_lse_ref[...] - peak_ref[...], 60.0))
     all_upper = jnp.sum(upper)
 
     def enough(kept_lower, kept_upper):
@@ -78,11 +68,11 @@ def _threshold_kernel(
 
     kept_lower, kept_upper = jnp.cumsum(lower), jnp.cumsum(upper)
     if top_p == 1:
-        kept_bins = jnp.full((), bins, jnp.int32)
+        kept_bins = jnp.full((), BINS, jnp.int32)
     else:
         # The test holds from some bin on. With NaN it holds nowhere, and everything is kept.
         short = jnp.sum((~enough(kept_lower, kept_upper)).astype(jnp.int32))
-        kept_bins = jnp.where(enough(0.0, 0.0), 0, jnp.minimum(short + 1, bins))
+        kept_bins = jnp.where(enough(0.0, 0.0), 0, jnp.minimum(short + 1, BINS))
     kept = place < kept_bins
     middle = 0.5 * (upper + lower)
     total, dropped = exact + jnp.sum(middle), jnp.sum(jnp.where(kept, 0.0, middle))
@@ -91,43 +81,9 @@ def _threshold_kernel(
     mass_ref[...] = jnp.where(total == 0, 1.0, 1.0 - dropped / total)
 
 
-def mark_scores_kernel(
-    quantized_ref, length_ref, kept_bins_ref, peak_ref, scores_ref, mask_ref, count_ref, *, block, sink
-):
+def _mark_kernel(quantized_ref, length_ref, kept_bins_ref, peak_ref, scores_ref, mask_ref, count_ref, *, block, sink):
     """quantized, length [], kept_bins and peak [G], scores [G,T] -> mask int32 [T/32], count [] of this block."""
 
-    def mark(token):
-        scored = _scored(token, quantized_ref[...], sink)
-        wanted = jnp.zeros(token.shape, jnp.bool_)
-        for g in range(scores_ref.shape[0]):
-            score = _pallas.load_masked(scores_ref, (g + 0 * token, token), scored)
-            wanted |= bin_of(score, peak_ref[g]) < kept_bins_ref[g]
-        return (scored & wanted) | (~scored & (token < length_ref[...]))
-
-    _mark_block(mark, 1, length_ref, mask_ref, count_ref, block)
-
-
-def mark_bins_kernel(quantized_ref, length_ref, kept_bins_ref, bins_ref, mask_ref, count_ref, *, block, sink):
-    """quantized, length [], kept_bins [G], bins int32 [G,T/4], a byte a token -> mask int32 [T/32], count []."""
-
-    def mark(token):
-        word = token // 4
-        words = [_pallas.load_masked(bins_ref, (g + 0 * word, word), word >= 0) for g in range(bins_ref.shape[0])]
-        nibble = jnp.zeros(token.shape, jnp.int32)
-        for byte in range(4):
-            scored = _scored(token + byte, quantized_ref[...], sink)
-            wanted = jnp.zeros(token.shape, jnp.bool_)
-            for g, bins in enumerate(words):
-                wanted |= ((bins >> (8 * byte)) & 255) < kept_bins_ref[g]
-            keep = (scored & wanted) | (~scored & (token + byte < length_ref[...]))
-            nibble |= keep.astype(jnp.int32) << byte
-        return nibble
-
-    _mark_block(mark, 4, length_ref, mask_ref, count_ref, block)
-
-
-def _mark_block(mark, tokens_each, length_ref, mask_ref, count_ref, block):
-    """Store a block's mask and the number of its ones; `mark(token)` gives `tokens_each` bits from token on."""
     start = pl.program_id(1) * block
 
     @pl.when(start >= length_ref[...])
@@ -136,10 +92,16 @@ def _mark_block(mark, tokens_each, length_ref, mask_ref, count_ref, block):
 
     @pl.when(start < length_ref[...])
     def _():
-        shape = (block // 32, 32 // tokens_each)
-        shift = tokens_each * jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        token = start + 32 * jax.lax.broadcasted_iota(jnp.int32, shape, 0) + shift
-        mask = jnp.sum(mark(token).astype(jnp.int32) << shift, axis=1)
+        shape = (block // 32, 32)
+        bit = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        token = start + 32 * jax.lax.broadcasted_iota(jnp.int32, shape, 0) + bit
+        scored = _scored(token, quantized_ref[...], sink)
+        wanted = jnp.zeros(token.shape, jnp.bool_)
+        for g in range(scores_ref.shape[0]):
+            score = _pallas.load_masked(scores_ref, (g + 0 * token, token), scored)
+            wanted |= bin_of(score, peak_ref[g]) < kept_bins_ref[g]
+        keep = (scored & wanted) | (~scored & (token < length_ref[...]))
+        mask = jnp.sum(keep.astype(jnp.int32) << bit, axis=1)
         count_ref[...] = jnp.sum(jax.lax.population_count(mask))
         mask_ref[pl.ds(start // 32, block // 32)] = mask
 
@@ -179,11 +141,8 @@ def select_top_p(scores, exact_lse, quantized, length, *, sink, top_p):
     peak = jnp.max(jnp.where(scored & jnp.isfinite(scores), scores, -jnp.inf), axis=-1)
     peak = jnp.where(peak == -jnp.inf, jnp.where(exact_lse == -jnp.inf, 0.0, exact_lse), peak)
     counts = _histogram(scores, peak, quantized, sink=sink)
-    kept_bins, n_scored, mass = kept_bins_of(
-        counts, peak, peak, exact_lse, bins=BINS, bins_per_nat=BINS_PER_NAT, top_p=top_p
-    )
-    mark = functools.partial(mark_scores_kernel, sink=sink)
-    indices, n_attended = list_tokens(mark, [kept_bins, peak, scores], quantized, length, tokens=scores.shape[-1])
+    kept_bins, n_scored, mass = _kept_bins(counts, peak, exact_lse, top_p=top_p)
+    indices, n_attended = _list_tokens(kept_bins, peak, scores, quantized, length, sink=sink)
     return indices, n_attended, n_scored, mass
 
 
@@ -220,39 +179,32 @@ def _histogram(scores, peak, quantized, *, sink):
     )(quantized, peak, scores, counts)
 
 
-def kept_bins_of(counts, base, peak, exact_lse, *, bins, bins_per_nat, top_p):
+def _kept_bins(counts, peak, exact_lse, *, top_p):
     """How many bins, best first, surely hold the share.
 
     Args:
-      counts: int32 [B,K,G,bins or more]; bin i holds scores from i to i + 1 bins' width below base, and bin 0 also
-        those above base; the last one, all that are below.
-      base, peak, exact_lse: float32 [B,K,G]; peak is the largest score.
+      counts: int32 [B,K,G, 2 BINS], of which BINS matter.
+      peak, exact_lse: float32 [B,K,G]; peak is the largest score.
 
     Returns:
       Kept bins int32 [B,K,G], tokens in them int32 [B,K,G], estimated share of the mass float32 [B,K,G].
     """
-    flat = (base.size,)
+    flat = (peak.size,)
     each = pl.BlockSpec((None,), lambda i: (i,))
     out = _pallas.call(
-        functools.partial(_threshold_kernel, bins=bins, bins_per_nat=bins_per_nat, top_p=top_p),
+        functools.partial(_threshold_kernel, top_p=top_p),
         name="top_p_threshold",
         grid=flat,
-        in_specs=[pl.BlockSpec((None, counts.shape[-1]), lambda i: (i, 0)), each, each, each],
+        in_specs=[pl.BlockSpec((None, counts.shape[-1]), lambda i: (i, 0)), each, each],
         out_specs=[each] * 3,
         out_shape=[jax.ShapeDtypeStruct(flat, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)],
-    )(counts.reshape(*flat, -1), base.reshape(flat), peak.reshape(flat), exact_lse.reshape(flat))
-    return tuple(x.reshape(base.shape) for x in out)
+    )(counts.reshape(*flat, -1), peak.reshape(flat), exact_lse.reshape(flat))
+    return tuple(x.reshape(peak.shape) for x in out)
 
 
-def list_tokens(mark_kernel, inputs, quantized, length, *, tokens):
-    """Tokens that the kernel marks, in a list: indices int32 [B,K,T] and counts int32 [B,K].
-
-    Args:
-      mark_kernel: `mark_scores_kernel` or `mark_bins_kernel`, with its sink.
-      inputs: what it reads, arrays [B,K,...].
-      tokens: T.
-    """
-    batch, kv_heads = inputs[0].shape[:2]
+def _list_tokens(kept_bins, peak, scores, quantized, length, *, sink):
+    """Tokens to attend: indices int32 [B,K,T] and counts int32 [B,K]."""
+    batch, kv_heads, _, tokens = scores.shape
     block = _block_tokens(tokens)
     grid = (batch * kv_heads, tokens // block)
 
@@ -264,13 +216,13 @@ def list_tokens(mark_kernel, inputs, quantized, length, *, tokens):
 
     per_block = pl.BlockSpec((None, None, None), lambda row, i: (row // kv_heads, row % kv_heads, i))
     mask, counts = _pallas.call(
-        functools.partial(mark_kernel, block=block),
+        functools.partial(_mark_kernel, block=block, sink=sink),
         name="top_p_mark",
         grid=grid,
-        in_specs=[_per_sequence(kv_heads)] * 2 + [head(x) for x in inputs],
+        in_specs=[_per_sequence(kv_heads)] * 2 + [head(x) for x in (kept_bins, peak, scores)],
         out_specs=[head(like(tokens // 32)), per_block],
         out_shape=[like(tokens // 32), like(tokens // block)],
-    )(quantized, length, *inputs)
+    )(quantized, length, kept_bins, peak, scores)
     return _pallas.call(
         functools.partial(_write_kernel, block=block),
         name="top_p_write",
