@@ -145,10 +145,7 @@ def inspect_command(model, context, batch, dtype) -> None:
     capacity = round_capacity(context or config.max_position, DEFAULT)
     dense, coded = (cache_bytes(config, batch, capacity, rabitq, decoder.dtype) for rabitq in (None, DEFAULT))
     click.echo(f"cache         {gigabytes(dense)} for {batch} x {capacity:,} tokens in {dtype}")
-    click.echo(
-        f"codes         {gigabytes(coded - dense)} more, {(coded - dense) / dense:.1%} of the cache, in "
-        f"{max(0, config.num_layers - DEFAULT.dense_layers)} of {config.num_layers} layers"
-    )
+    click.echo(f"codes         {gigabytes(coded - dense)} more, {(coded - dense) / dense:.1%} of the cache")
 
 
 def cache_bytes(config: LlamaConfig, batch: int, capacity: int, rabitq: RaBitQConfig | None, dtype) -> int:
