@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from rabitq_jax import codes as key_codes
-from rabitq_jax.cache import Cache, LayerCache, append, init_codes, layer_rotation_key
+from rabitq_jax.cache import Cache, LayerCache, append, init_codes, init_scored_values, layer_rotation_key
+from rabitq_jax.certified_attention import Verification, attend_certified
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.dense_attention import decode_attention, prefill_attention
 from rabitq_jax.exact_logsumexp import exact_logsumexp
@@ -34,6 +35,14 @@ class DecodeStats:
       bytes_read: float32 [B], bytes of the cache that the step reads.
       bytes_dense: float32 [B], bytes that dense attention reads.
       finite: bool [B], no NaN or infinity in the output.
+      verified: float32 [B,H], share of all attention in the tokens that the query head's kv head attends, as exact
+        attention to them shows it: estimated without bias.
+      bound: float32 [B,H], what that share is at least, with probability 1 - config.failure_rate.
+      extended: bool [B,H], query heads that had a second round, because the bound of the first was below p.
+      certified: bool [B,H], the bound is p or more. Where it is not, p may be held all the same: it is the claim that
+        fails, and no round follows.
+      The last four are None for config.selection "plain", which verifies nothing; 1, 1, False and True in a layer that
+      attends densely.
     """
 
     length: jax.Array
@@ -43,6 +52,10 @@ class DecodeStats:
     bytes_read: jax.Array
     bytes_dense: jax.Array
     finite: jax.Array
+    verified: jax.Array | None = None
+    bound: jax.Array | None = None
+    extended: jax.Array | None = None
+    certified: jax.Array | None = None
 
 
 def decode(
@@ -89,12 +102,30 @@ def decode(
 
 
 def choose_tokens(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key) -> Selection:
-    """The tokens that Top-p selects from a cache that already holds the new token.
+    """The tokens that are attended of a cache that already holds the new token.
 
     Args:
       query: [B,K,G,D].
       cache: with codes.
     """
+    if config.selection != "plain":
+        # A second round follows from what the first one attends.
+        return _attend_and_verify(query, cache, config, softmax_scale, prng_key)[1]
+    quantized, exact_lse = _prepare(query, cache, config, softmax_scale, prng_key)
+    assert cache.codes is not None
+    return select_tokens(
+        query, quantized, cache.codes, exact_lse, cache.quantized, cache.length,
+        softmax_scale=softmax_scale, config=config,
+    )  # fmt: skip
+
+
+def _attend_and_verify(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key):
+    quantized, exact_lse = _prepare(query, cache, config, softmax_scale, prng_key)
+    return attend_certified(query, quantized, exact_lse, cache, config, softmax_scale)
+
+
+def _prepare(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key):
+    """The query in INT4, and the log-sum-exp of the exact tokens that p is a share of, float32 [B,K,G]."""
     assert cache.codes is not None
     quantized = key_codes.quantize_query(
         query, cache.codes.rotation, cache.codes.query_centroid, rounding=config.query_rounding, key=prng_key
@@ -105,10 +136,7 @@ def choose_tokens(query, cache: LayerCache, config: RaBitQConfig, softmax_scale:
             query, cache.keys, cache.quantized, cache.length,
             sink=config.sink, window=config.window, softmax_scale=softmax_scale, implementation=config.attend,
         )  # fmt: skip
-    return select_tokens(
-        query, quantized, cache.codes, exact_lse, cache.quantized, cache.length,
-        softmax_scale=softmax_scale, config=config,
-    )  # fmt: skip
+    return quantized, exact_lse
 
 
 def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key):
@@ -117,24 +145,40 @@ def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scal
     Returns:
       float32 [B,K,G,D] and stats.
     """
-    with jax.named_scope("select_tokens"):
-        selection = choose_tokens(query, cache, config, softmax_scale, prng_key)
-    with jax.named_scope("gathered_attention"):
-        out = gathered_attention(
-            query, cache.keys, cache.values, selection.indices, selection.counts,
-            softmax_scale=softmax_scale, implementation=config.attend,
-        )  # fmt: skip
+    if config.selection == "plain":
+        with jax.named_scope("select_tokens"):
+            selection = choose_tokens(query, cache, config, softmax_scale, prng_key)
+        with jax.named_scope("gathered_attention"):
+            out = gathered_attention(
+                query, cache.keys, cache.values, selection.indices, selection.counts,
+                softmax_scale=softmax_scale, implementation=config.attend,
+            )  # fmt: skip
+        read, verified = selection.counts, {}
+    else:
+        out, selection, verification = _attend_and_verify(query, cache, config, softmax_scale, prng_key)
+        read, verified = verification.read, _verified_stats(verification, config)
     batch = query.shape[0]
     stats = DecodeStats(
         length=cache.length,
         kept=selection.counts,
         scored=selection.scored.reshape(batch, -1),
         mass=selection.mass.reshape(batch, -1),
-        bytes_read=_bytes_read(cache, selection.counts, config),
+        bytes_read=_bytes_read(cache, read, config),
         bytes_dense=_bytes_dense(cache),
         finite=jnp.all(jnp.isfinite(out), axis=(1, 2, 3)),
+        **verified,
     )
     return out, stats
+
+
+def _verified_stats(verification: Verification, config: RaBitQConfig) -> dict[str, jax.Array]:
+    flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
+    return {
+        "verified": flat(verification.verified),
+        "bound": flat(verification.bound),
+        "extended": flat(verification.extended),
+        "certified": flat(verification.bound >= config.top_p),
+    }
 
 
 def _bytes_dense(cache: LayerCache):
@@ -144,8 +188,8 @@ def _bytes_dense(cache: LayerCache):
 
 
 def _bytes_read(cache: LayerCache, counts, config: RaBitQConfig):
-    """float32 [B]: codes and centroids of the quantized tokens, keys and values of the attended ones, and, for p over
-    all tokens, the keys of sinks and window once more."""
+    """float32 [B]: codes and centroids of the quantized tokens; keys and values of the attended ones, int32 [B,K] in
+    all rounds together; for p over all tokens, the keys of sinks and window once more; and the tail's values."""
     assert cache.codes is not None
     _, kv_heads, _, head_dim = cache.keys.shape
     row = head_dim * cache.keys.dtype.itemsize
@@ -155,19 +199,26 @@ def _bytes_read(cache: LayerCache, counts, config: RaBitQConfig):
     if config.top_p_scope == "all":
         exact = cache.length - jnp.maximum(cache.quantized - config.sink, 0)
         read = read + kv_heads * row * exact.astype(jnp.float32)
+    if cache.scored_values is not None:
+        read = read + kv_heads * head_dim * 4
     return read + 2 * row * jnp.sum(counts, axis=1).astype(jnp.float32)
 
 
 def _dense_stats(cache: LayerCache, heads: int, out) -> DecodeStats:
     batch, kv_heads = cache.keys.shape[:2]
+    ones = jnp.ones((batch, heads), jnp.float32)
     return DecodeStats(
         length=cache.length,
         kept=jnp.broadcast_to(cache.length[:, None], (batch, kv_heads)),
         scored=jnp.zeros((batch, heads), jnp.int32),
-        mass=jnp.ones((batch, heads), jnp.float32),
+        mass=ones,
         bytes_read=_bytes_dense(cache),
         bytes_dense=_bytes_dense(cache),
         finite=jnp.all(jnp.isfinite(out), axis=(1, 2, 3)),
+        verified=ones,
+        bound=ones,
+        extended=ones < 1,
+        certified=ones == 1,
     )
 
 
@@ -179,7 +230,23 @@ def _quantize_full_blocks(cache: LayerCache, config: RaBitQConfig, *, max_blocks
         cache.keys, cache.codes, cache.quantized // config.interval, quantized // config.interval,
         interval=config.interval, max_blocks=max_blocks, implementation=config.quantize,
     )  # fmt: skip
-    return dataclasses.replace(cache, codes=codes, quantized=quantized)
+    scored_values = cache.scored_values
+    if scored_values is not None:
+        scored_values += _sum_new_values(cache, quantized, config, max_tokens=max_blocks * config.interval)
+    return dataclasses.replace(cache, codes=codes, quantized=quantized, scored_values=scored_values)
+
+
+def _sum_new_values(cache: LayerCache, quantized, config: RaBitQConfig, *, max_tokens: int):
+    """float32 [B,K,D]: sum of the values of the scored tokens in [cache.quantized, quantized), max_tokens at most."""
+
+    def one_sequence(values, first, stop):
+        start = jnp.minimum(first, values.shape[1] - max_tokens)
+        position = start + jnp.arange(max_tokens)
+        new = (position >= jnp.maximum(first, config.sink)) & (position < stop)
+        part = jax.lax.dynamic_slice_in_dim(values, start, max_tokens, axis=1).astype(jnp.float32)
+        return jnp.sum(jnp.where(new[:, None], part, 0), axis=1)
+
+    return jax.vmap(one_sequence)(cache.values, cache.quantized, quantized)
 
 
 def prefill(
@@ -250,7 +317,9 @@ def add_codes(cache: Cache, config: RaBitQConfig) -> Cache:
         batch, kv_heads, capacity, head_dim = layers[index].keys.shape
         rotation_key = layer_rotation_key(config.rotation_seed, index)
         codes = init_codes(batch, capacity, kv_heads, head_dim, config, rotation_key)
-        layers[index] = _build_codes(dataclasses.replace(layers[index], codes=codes), config)
+        scored_values = init_scored_values(batch, kv_heads, head_dim, config)
+        layer = dataclasses.replace(layers[index], codes=codes, scored_values=scored_values)
+        layers[index] = _build_codes(layer, config)
     return Cache(layers=tuple(layers), rotation_seed=jnp.uint32(config.rotation_seed))
 
 
