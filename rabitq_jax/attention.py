@@ -96,7 +96,7 @@ def decode(
     else:
         if config is None:
             raise ValueError("config is None, but the cache has codes: pass the RaBitQConfig it was made with")
-        out, stats = attend_selected(grouped, cache, config, softmax_scale, prng_key)
+        out, _, stats = attend_selected(grouped, cache, config, softmax_scale, prng_key)
         cache = _quantize_full_blocks(cache, config, max_blocks=1)
     return out.reshape(query.shape).astype(query.dtype), cache, stats
 
@@ -143,7 +143,7 @@ def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scal
     """Attention over the tokens that `choose_tokens` selects; arguments as there.
 
     Returns:
-      float32 [B,K,G,D] and stats.
+      float32 [B,K,G,D], the selection, and stats.
     """
     if config.selection == "plain":
         with jax.named_scope("select_tokens"):
@@ -168,7 +168,7 @@ def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scal
         finite=jnp.all(jnp.isfinite(out), axis=(1, 2, 3)),
         **verified,
     )
-    return out, stats
+    return out, selection, stats
 
 
 def _verified_stats(verification: Verification, config: RaBitQConfig) -> dict[str, jax.Array]:
@@ -293,7 +293,7 @@ def prefill(
         if cache.codes.query_centroid is not None:
             cache = _update_query_centroid(cache, query, start, new_tokens)
         if last:
-            cache = _build_codes(cache, config)
+            cache = build_codes(cache, config)
     return out, cache
 
 
@@ -319,11 +319,11 @@ def add_codes(cache: Cache, config: RaBitQConfig) -> Cache:
         codes = init_codes(batch, capacity, kv_heads, head_dim, config, rotation_key)
         scored_values = init_scored_values(batch, kv_heads, head_dim, config)
         layer = dataclasses.replace(layers[index], codes=codes, scored_values=scored_values)
-        layers[index] = _build_codes(layer, config)
+        layers[index] = build_codes(layer, config)
     return Cache(layers=tuple(layers), rotation_seed=jnp.uint32(config.rotation_seed))
 
 
-def _build_codes(cache: LayerCache, config: RaBitQConfig) -> LayerCache:
+def build_codes(cache: LayerCache, config: RaBitQConfig) -> LayerCache:
     """Codes of all but the recent window, once the last chunk of a prompt is in the cache."""
     if config.key_centroid == "prompt":
         cache = _set_prompt_centroid(cache)
