@@ -1,7 +1,7 @@
 """Attention heads that are hard for a promise: what each of them would break is said beside it.
 
-They are drawn in JAX, so that tens of thousands of head-steps, each group of heads with a rotation and a rounding of its
-own, are one call.
+Each group of heads has a rotation and roundings of its own. Drawing, coding and measuring are programs apart, so that
+few of them serve many kinds and configurations.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.exact import captured_mass, exact_logits, is_scored
 from rabitq_jax import RaBitQConfig, attention
@@ -17,20 +18,21 @@ from rabitq_jax.cache import LayerCache, init_layer_cache
 
 KINDS = {
     "random": "independent normal keys: flat attention, and noise as large as the signal",
-    "needle": "one token holds 1.2 (1 - p) of the attention and exact tokens nearly all the rest: without it p is missed",
+    "needle": "one token holds 1.2 (1 - p) of the attention, exact tokens nearly all the rest: without it p is missed",
     "heavy-tailed": "logits of a Student distribution with three degrees of freedom: no Gaussian prior fits",
     "low rank": "nine tenths of the keys' variance in 16 directions: errors depend on each other",
-    "aligned": "a twentieth of the keys along one direction, at cosines of 0.9, just below the best: many errors in common",
+    "aligned": "a twentieth of the keys along one direction, at cosines of 0.9, just below the best: errors in common",
 }
-QUERY_SIZE = 2.0
 HEAD_DIM, KV_HEADS, QUERIES = 64, 8, 4
+ROTATIONS_AT_ONCE = 20
 RANK = 16
 
 
-def draw_heads(key: jax.Array, kind: str, tokens: int, top_p: float) -> tuple[jax.Array, jax.Array]:
-    """Queries [K,G,D] and keys [K,T,D] of one of KINDS, float32; logits deviate by 2 nats where nothing else is said."""
+def draw_heads(key: jax.Array, kind: str, tokens: int, top_p: float, size: float) -> tuple[jax.Array, jax.Array]:
+    """Queries [K,G,D] and keys [K,T,D] of one of KINDS, float32. Logits deviate by `size` nats where nothing else is
+    said, and the errors of their estimates by three quarters of it."""
     query_key, noise_key, logit_key, place_key = jax.random.split(key, 4)
-    query = QUERY_SIZE * jax.random.normal(query_key, (KV_HEADS, QUERIES, HEAD_DIM))
+    query = size * jax.random.normal(query_key, (KV_HEADS, QUERIES, HEAD_DIM))
     keys = jax.random.normal(noise_key, (KV_HEADS, tokens, HEAD_DIM))
     position = jnp.arange(tokens)
     if kind == "low rank":
@@ -50,7 +52,7 @@ def draw_heads(key: jax.Array, kind: str, tokens: int, top_p: float) -> tuple[ja
     if kind == "needle":
         rest = jax.nn.logsumexp(logits, axis=-1)
         place = jax.random.randint(place_key, (KV_HEADS, QUERIES, 1), tokens // 8, tokens * 3 // 4)
-        # Of all attention, other scored tokens hold 0.2 (1 - p), the needle 1.2 (1 - p), and the first token what is left.
+        # Other scored tokens hold 0.2 (1 - p) of the attention, the needle 1.2 (1 - p), and the first token the rest.
         needle = rest + math.log(1.2 / 0.2)
         sink = rest + math.log((1 - 1.4 * (1 - top_p)) / (0.2 * (1 - top_p)))
         logits = jnp.where(position == place, needle[..., None], logits)
@@ -63,57 +65,81 @@ def draw_heads(key: jax.Array, kind: str, tokens: int, top_p: float) -> tuple[ja
     return query, keys
 
 
-def coded_cache(keys: jax.Array, copies: int, config: RaBitQConfig, rotation_key: jax.Array) -> LayerCache:
-    """A cache that holds keys [K,T,D] as after a prompt of T tokens, in `copies` sequences alike; its values are the keys."""
-    kv_heads, tokens, head_dim = keys.shape
-    cache = init_layer_cache(1, tokens, kv_heads, head_dim, config, dtype=keys.dtype, rotation_key=rotation_key)
-    cache = dataclasses.replace(cache, keys=keys[None], values=keys[None], length=jnp.array([tokens]))
-    cache = attention.build_codes(cache, config)
-    return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0) if x.shape[:1] == (1,) else x, cache)
-
-
 def measure_step(query: jax.Array, cache: LayerCache, config: RaBitQConfig, key: jax.Array) -> dict[str, jax.Array]:
     """What a step of queries [B,K,G,D] captures: float32 [B,K,G] each.
 
     captured: share of the exact attention in the tokens that the kv head attends; kept: share of the tokens; own_kept:
-    share of the scored tokens that the query head selected; claimed: `Selection.mass`; error: of the output, relative
-    to dense attention's; and, where they are, the verification's stats.
+    share of the scored tokens that the query head selected; claimed: `Selection.mass`; and, where they are, the
+    verification's stats.
     """
     shape, softmax_scale = query.shape[:3], query.shape[-1] ** -0.5
-    out, selection, stats = attention.attend_selected(query, cache, config, softmax_scale, key)
+    _, selection, stats = attention.attend_selected(query, cache, config, softmax_scale, key)
     logits = exact_logits(query, cache)
-    dense = jnp.einsum("bkgt,bktd->bkgd", jax.nn.softmax(logits, axis=-1), cache.values, precision="highest")
     scored = jnp.maximum(jnp.sum(is_scored(cache, config.sink), axis=-1), 1)
     found = {
         "captured": captured_mass(logits, selection.indices, selection.counts),
         "kept": jnp.broadcast_to((selection.counts / cache.length[:, None])[..., None], shape),
         "own_kept": selection.scored / scored,
         "claimed": selection.mass,
-        "error": jnp.linalg.norm(out - dense, axis=-1) / jnp.linalg.norm(dense, axis=-1),
     }
     verified = {name: getattr(stats, name) for name in ("verified", "bound", "extended", "certified")}
     return found | {name: value.reshape(shape) for name, value in verified.items() if value is not None}
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "tokens", "rotations", "config", "grouped"))
+@functools.partial(jax.jit, static_argnames=("kind", "tokens", "top_p", "size"))
+def _draw(keys: jax.Array, kind: str, tokens: int, top_p: float, size: float):
+    return jax.lax.map(lambda key: draw_heads(key, kind, tokens, top_p, size), keys)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _code(rotation_keys: jax.Array, keys: jax.Array, config: RaBitQConfig) -> LayerCache:
+    """Caches that hold keys [R,K,T,D] as after prompts of T tokens; their values are the keys."""
+
+    def one_rotation(inputs):
+        rotation_key, keys = inputs
+        kv_heads, tokens, head_dim = keys.shape
+        cache = init_layer_cache(1, tokens, kv_heads, head_dim, config, dtype=keys.dtype, rotation_key=rotation_key)
+        cache = dataclasses.replace(cache, keys=keys[None], values=keys[None], length=jnp.array([tokens]))
+        return attention.build_codes(cache, config)
+
+    return jax.lax.map(one_rotation, (rotation_keys, keys))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "grouped"))
+def _measure(rounding_keys: jax.Array, query: jax.Array, caches: LayerCache, config: RaBitQConfig, *, grouped: bool):
+    def one_rotation(inputs):
+        rounding_key, query, cache = inputs
+        query = query[None] if grouped else query.swapaxes(0, 1)[:, :, None]
+        # Queries that are alone see copies of one cache.
+        cache = jax.tree.map(lambda x: jnp.repeat(x, len(query), axis=0) if x.shape[:1] == (1,) else x, cache)
+        return jax.tree.map(jnp.ravel, measure_step(query, cache, config, rounding_key))
+
+    return jax.lax.map(one_rotation, (rounding_keys, query, caches))
+
+
 def measure_kind(
-    key: jax.Array, kind: str, tokens: int, rotations: int, config: RaBitQConfig, *, grouped: bool = False
-) -> dict[str, jax.Array]:
+    key: jax.Array, kind: str, tokens: int, rotations: int, config: RaBitQConfig, *,
+    grouped: bool = False, size: float = 2.0,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """`measure_step` of heads of a kind, new ones for each of `rotations` rotations, all with roundings of their own.
 
     Args:
+      rotations: a multiple of ROTATIONS_AT_ONCE.
       grouped: the QUERIES of a kv head are a group, and attend to the union of what they select; otherwise each is
         alone.
+      size: as in `draw_heads`.
 
     Returns:
-      Arrays [rotations, QUERIES times KV_HEADS].
+      float64 arrays of rotations * KV_HEADS * QUERIES head-steps.
     """
-
-    def one_rotation(key):
-        heads_key, rotation_key, rounding_key = jax.random.split(key, 3)
-        query, keys = draw_heads(heads_key, kind, tokens, config.top_p)
-        query = query[None] if grouped else query.swapaxes(0, 1)[:, :, None]
-        cache = coded_cache(keys, len(query), config, rotation_key)
-        return jax.tree.map(jnp.ravel, measure_step(query, cache, config, rounding_key))
-
-    return jax.lax.map(one_rotation, jax.random.split(key, rotations))
+    if rotations % ROTATIONS_AT_ONCE:
+        raise ValueError(f"rotations must be a multiple of {ROTATIONS_AT_ONCE}, got {rotations}")
+    parts = []
+    for part in jax.random.split(key, rotations // ROTATIONS_AT_ONCE):
+        heads, rotation, rounding = (jax.random.split(k, ROTATIONS_AT_ONCE) for k in jax.random.split(part, 3))
+        # The needle alone is made for a p.
+        query, keys = _draw(heads, kind, tokens, config.top_p if kind == "needle" else 0.0, size)
+        caches = _code(rotation, keys, RaBitQConfig())
+        found = _measure(rounding, query, caches, config, grouped=grouped)
+        parts.append(jax.tree.map(lambda x: np.asarray(x, np.float64).ravel(), found))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
