@@ -24,7 +24,8 @@ KINDS = {
     "aligned": "a twentieth of the keys along one direction, at cosines of 0.9, just below the best: errors in common",
 }
 HEAD_DIM, KV_HEADS, QUERIES = 64, 8, 4
-ROTATIONS_AT_ONCE = 20
+# Heads drawn in one call, and rotations that each of them goes through: the promise is one over rotations.
+GROUPS_AT_ONCE, ROTATIONS_EACH = 20, 4
 RANK = 16
 
 
@@ -121,10 +122,10 @@ def measure_kind(
     key: jax.Array, kind: str, tokens: int, rotations: int, config: RaBitQConfig, *,
     grouped: bool = False, size: float = 2.0,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """`measure_step` of heads of a kind, new ones for each of `rotations` rotations, all with roundings of their own.
+    """`measure_step` of heads of a kind, with a rotation for each group of them, and all with roundings of their own.
 
     Args:
-      rotations: a multiple of ROTATIONS_AT_ONCE.
+      rotations: a multiple of GROUPS_AT_ONCE; heads are new ones for every ROTATIONS_EACH of them.
       grouped: the QUERIES of a kv head are a group, and attend to the union of what they select; otherwise each is
         alone.
       size: as in `draw_heads`.
@@ -132,13 +133,16 @@ def measure_kind(
     Returns:
       float64 arrays of rotations * KV_HEADS * QUERIES head-steps.
     """
-    if rotations % ROTATIONS_AT_ONCE:
-        raise ValueError(f"rotations must be a multiple of {ROTATIONS_AT_ONCE}, got {rotations}")
+    if rotations % GROUPS_AT_ONCE:
+        raise ValueError(f"rotations must be a multiple of {GROUPS_AT_ONCE}, got {rotations}")
     parts = []
-    for part in jax.random.split(key, rotations // ROTATIONS_AT_ONCE):
-        heads, rotation, rounding = (jax.random.split(k, ROTATIONS_AT_ONCE) for k in jax.random.split(part, 3))
-        # The needle alone is made for a p.
-        query, keys = _draw(heads, kind, tokens, config.top_p if kind == "needle" else 0.0, size)
+    for i in range(rotations // GROUPS_AT_ONCE):
+        heads, rotation, rounding = (
+            jax.random.split(k, GROUPS_AT_ONCE) for k in jax.random.split(jax.random.fold_in(key, i), 3)
+        )
+        if i % ROTATIONS_EACH == 0:
+            # The needle alone is made for a p.
+            query, keys = _draw(heads, kind, tokens, config.top_p if kind == "needle" else 0.0, size)
         caches = _code(rotation, keys, RaBitQConfig())
         found = _measure(rounding, query, caches, config, grouped=grouped)
         parts.append(jax.tree.map(lambda x: np.asarray(x, np.float64).ravel(), found))

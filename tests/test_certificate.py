@@ -280,15 +280,15 @@ def test_tail_values_are_those_of_the_scored_tokens():
 
 
 @functools.cache
-def extension_case():
-    """A configuration, a cache of two kv heads, and queries [1,2,2,64] for it."""
+def extension_case(size):
+    """A configuration, a cache of two kv heads, and queries [1,2,2,64] whose logits deviate by `size` nats."""
     rng = np.random.default_rng(8)
     config = RaBitQConfig(top_p=0.9, selection="certified", failure_rate=1e-2, **SMALL)
     cache = init_layer_cache(1, 512, 2, 64, config, dtype=jnp.float32)
     keys = jnp.asarray(rng.normal(size=(1, 2, 512, 64)), jnp.float32)
     cache = dataclasses.replace(cache, keys=keys, values=keys, length=jnp.array([500]))
     cache = jax.jit(attention.build_codes, static_argnames="config")(cache, config=config)
-    query = 1.5 * jnp.asarray(rng.normal(size=(1, 2, 2, 64)), jnp.float32)
+    query = size * jnp.asarray(rng.normal(size=(1, 2, 2, 64)), jnp.float32)
     return config, cache, query
 
 
@@ -313,7 +313,7 @@ def make_scores_low(monkeypatch):
 
 def test_extension_is_for_heads_that_are_short(monkeypatch):
     """One more round, in their kv head alone, with lower thresholds; what it reads is counted."""
-    config, cache, query = extension_case()
+    config, cache, query = extension_case(0.8)
     honest, before = attend(config, cache, query)
     make_scores_low(monkeypatch)
     selection, stats = attend(config, cache, query)
@@ -332,7 +332,7 @@ def test_extension_is_for_heads_that_are_short(monkeypatch):
 
 
 def test_debiased_selection_says_that_it_promises_nothing():
-    config, cache, query = extension_case()
+    config, cache, query = extension_case(2.5)
     _, stats = attend(dataclasses.replace(config, selection="debiased"), cache, query)
     assert not np.any(stats.certified) and not np.any(stats.extended)
     assert np.all(stats.bound < stats.verified) and np.all(stats.bound > 0)
