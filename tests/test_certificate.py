@@ -19,6 +19,14 @@ from rabitq_jax.verified_attention import verified_attention
 from tests.test_attention import HEAD_DIM, HEADS, KV_HEADS, PROMPT, SMALL, decode, dense, filled_cache, prefill, prompt
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Most of these tests' time is LLVM's."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.parametrize("spread", ["normal", "heavy-tailed", "two values"])
 def test_debiased_mass_needs_no_prior(spread):
     """Equation (3): the weight below a threshold is the true mass below it, on average, however logits are spread.

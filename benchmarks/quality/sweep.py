@@ -29,6 +29,10 @@ BASE: dict[str, Any] = {"dense_layers": 0}
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {"top_p_scope": "scored"},
+    {"selection": "debiased"},
+    {"selection": "debiased", "tail": "mean"},
+    {"selection": "certified"},
+    {"selection": "certified", "tail": "mean"},
     {"sink": 0},
     {"sink": 4},
     {"sink": 64},
