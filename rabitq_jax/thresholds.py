@@ -20,7 +20,7 @@ from rabitq_jax._dispatch import select
 
 GRID = 1 / 8
 STEPS = 1024
-# Deviation of the left-out mass that is common to all tokens, as a share of it: measured (docs/theory.md, section 5).
+# Deviation of the left-out mass that is common to all tokens, as a share of it: measured (docs/theory.md, section 4).
 SHARED = 0.085
 # Least share of the mass to be left out that a single unseen token may hold.
 LEAST_SINGLE = 0.1
