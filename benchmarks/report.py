@@ -194,8 +194,8 @@ def certificate(measured: dict[str, Any]) -> str:
         "head in one layer and decode step."
     )
     hard = (
-        f"**Heads that are hard to promise anything of**, at p = {p:g}, {measured['hard_tokens']:,} tokens each, and every "
-        "query head alone in its group: "
+        f"**Heads that are hard to promise anything of**, at p = {p:g}, {measured['hard_tokens']:,} tokens each, and "
+        "every query head alone in its group: "
         + "; ".join(f"{kind}: {text}" for kind, text in measured["kinds"].items())
         + "."
     )

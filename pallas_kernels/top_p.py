@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.ref import addupdate
 
 from pallas_kernels import _pallas
+from pallas_kernels.debiased_mass import deviation
 
 BINS = 1024
 BINS_PER_NAT = 32
@@ -126,6 +127,27 @@ def mark_bins_kernel(quantized_ref, length_ref, kept_bins_ref, bins_ref, mask_re
     _mark_block(mark, 4, length_ref, mask_ref, count_ref, block)
 
 
+def mark_thresholds_kernel(
+    quantized_ref, length_ref, noise_ref, bulk_ref, single_ref, scale_ref, scores_ref, mask_ref, count_ref,
+    *, block, sink, deviations, least_deviation,
+):  # fmt: skip
+    """quantized, length []; noise, bulk and single [G], scale [T], scores [G,T] -> mask int32 [T/32], count []."""
+
+    def mark(token):
+        scored = _scored(token, quantized_ref[...], sink)
+        scale = _pallas.load_masked(scale_ref, (token,), scored)
+        wanted = jnp.zeros(token.shape, jnp.bool_)
+        for g in range(scores_ref.shape[0]):
+            score = _pallas.load_masked(scores_ref, (g + 0 * token, token), scored)
+            sd = deviation(noise_ref[g], scale, least_deviation)
+            # What is not finite is always kept.
+            threshold = jnp.minimum(bulk_ref[g], single_ref[g] - deviations * sd)
+            wanted |= ~((score < threshold) & (score > -jnp.inf))
+        return (scored & wanted) | (~scored & (token < length_ref[...]))
+
+    _mark_block(mark, 1, length_ref, mask_ref, count_ref, block)
+
+
 def _mark_block(mark, tokens_each, length_ref, mask_ref, count_ref, block):
     """Store a block's mask and the number of its ones; `mark(token)` gives `tokens_each` bits from token on."""
     start = pl.program_id(1) * block
@@ -187,16 +209,6 @@ def select_top_p(scores, exact_lse, quantized, length, *, sink, top_p):
     return indices, n_attended, n_scored, mass
 
 
-def _per_sequence(kv_heads):
-    return pl.BlockSpec((None,), lambda row, i: (row // kv_heads,))
-
-
-def _per_head(array, kv_heads):
-    """A kv head's part of an array [B,K,...], whole."""
-    shape = array.shape[2:]
-    return pl.BlockSpec((None, None, *shape), lambda row, i: (row // kv_heads, row % kv_heads, *(0,) * len(shape)))
-
-
 def _block_tokens(tokens):
     block = _pallas.block_of(tokens, BLOCK_TOKENS)
     if block < 32:
@@ -213,8 +225,8 @@ def _histogram(scores, peak, quantized, *, sink):
         functools.partial(_histogram_kernel, block=block, sink=sink),
         name="top_p_histogram",
         grid=(batch * kv_heads, tokens // block),
-        in_specs=[_per_sequence(kv_heads)] + [_per_head(x, kv_heads) for x in (peak, scores, counts)],
-        out_specs=_per_head(counts, kv_heads),
+        in_specs=[_pallas.per_sequence(kv_heads)] + [_pallas.per_head(x, kv_heads) for x in (peak, scores, counts)],
+        out_specs=_pallas.per_head(counts, kv_heads),
         out_shape=jax.ShapeDtypeStruct(counts.shape, jnp.int32),
         input_output_aliases={3: 0},
     )(quantized, peak, scores, counts)
@@ -248,7 +260,7 @@ def list_tokens(mark_kernel, inputs, quantized, length, *, tokens):
     """Tokens that the kernel marks, in a list: indices int32 [B,K,T] and counts int32 [B,K].
 
     Args:
-      mark_kernel: `mark_scores_kernel` or `mark_bins_kernel`, with its sink.
+      mark_kernel: `mark_scores_kernel`, `mark_bins_kernel` or `mark_thresholds_kernel`, with its sink.
       inputs: what it reads, arrays [B,K,...].
       tokens: T.
     """
@@ -260,14 +272,14 @@ def list_tokens(mark_kernel, inputs, quantized, length, *, tokens):
         return jax.ShapeDtypeStruct((batch, kv_heads, *shape), jnp.int32)
 
     def head(array):
-        return _per_head(array, kv_heads)
+        return _pallas.per_head(array, kv_heads)
 
     per_block = pl.BlockSpec((None, None, None), lambda row, i: (row // kv_heads, row % kv_heads, i))
     mask, counts = _pallas.call(
         functools.partial(mark_kernel, block=block),
         name="top_p_mark",
         grid=grid,
-        in_specs=[_per_sequence(kv_heads)] * 2 + [head(x) for x in inputs],
+        in_specs=[_pallas.per_sequence(kv_heads)] * 2 + [head(x) for x in inputs],
         out_specs=[head(like(tokens // 32)), per_block],
         out_shape=[like(tokens // 32), like(tokens // block)],
     )(quantized, length, *inputs)
@@ -275,7 +287,7 @@ def list_tokens(mark_kernel, inputs, quantized, length, *, tokens):
         functools.partial(_write_kernel, block=block),
         name="top_p_write",
         grid=grid,
-        in_specs=[_per_sequence(kv_heads), head(counts), head(mask)],
+        in_specs=[_pallas.per_sequence(kv_heads), head(counts), head(mask)],
         out_specs=[head(like(tokens)), head(like())],
         out_shape=[like(tokens), like()],
     )(length, counts, mask)

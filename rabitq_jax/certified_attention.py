@@ -81,7 +81,7 @@ def attend_certified(
       NotImplementedError: the implementation that was named cannot do it.
     """
     if config.select == "mosaic":
-        raise NotImplementedError(f"select 'mosaic' keeps no scores: selection {config.selection!r} needs 'xla'")
+        raise NotImplementedError(f"select 'mosaic' keeps no scores, which selection {config.selection!r} needs")
     assert cache.codes is not None
     with jax.named_scope("proxy_scores"):
         scores = proxy_scores(

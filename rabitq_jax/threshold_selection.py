@@ -1,12 +1,14 @@
 """The tokens that thresholds on noisy logits keep, and the weight of those that they leave out."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import top_p as top_p_kernels
 from rabitq_jax._dispatch import select
-from rabitq_jax.thresholds import HeadMass, NoisyLogits, Thresholds, threshold_of
+from rabitq_jax.thresholds import LEAST_DEVIATION, HeadMass, NoisyLogits, Thresholds, threshold_of
 from rabitq_jax.top_p import list_tokens
 
 
@@ -29,23 +31,40 @@ class Kept:
 
 def keep_by_thresholds_reference(noisy: NoisyLogits, mass: HeadMass, thresholds: Thresholds, length) -> Kept:
     """`keep_by_thresholds` in plain jnp: its definition."""
-    sd, scored = noisy.deviation, noisy.scored
-    below = noisy.scores < threshold_of(
-        thresholds.bulk[..., None], thresholds.single[..., None], thresholds.deviations, sd
-    )
-    left_out = scored & below & jnp.isfinite(noisy.scores)
-    weight = jnp.exp(noisy.scores - sd**2 / 2 - mass.peak[..., None])
-    keep = scored & ~left_out
-    indices, counts = list_tokens(keep, scored[:, 0, 0], length)
-    return Kept(
-        indices=indices,
-        counts=counts,
-        scored=jnp.sum(keep, axis=-1, dtype=jnp.int32),
-        left_out=jnp.sum(jnp.where(left_out, weight, 0), axis=-1),
-    )
+    scored = noisy.scored
+    left_out = scored & is_left_out(noisy, thresholds)
+    indices, counts = list_tokens(scored & ~left_out, scored[:, 0, 0], length)
+    return Kept(indices=indices, counts=counts, **_sums(noisy, mass, left_out))
 
 
-IMPLEMENTATIONS = {"xla": keep_by_thresholds_reference}
+def is_left_out(noisy: NoisyLogits, thresholds: Thresholds):
+    """bool [B,K,G,T]: below its own threshold, and finite."""
+    bulk, single = thresholds.bulk[..., None], thresholds.single[..., None]
+    threshold = threshold_of(bulk, single, thresholds.deviations, noisy.deviation)
+    return (noisy.scores < threshold) & (noisy.scores > -jnp.inf)
+
+
+def _sums(noisy: NoisyLogits, mass: HeadMass, left_out) -> dict[str, jax.Array]:
+    weight = jnp.exp(noisy.scores - noisy.deviation**2 / 2 - mass.peak[..., None])
+    return {
+        "scored": jnp.sum(noisy.scored & ~left_out, axis=-1, dtype=jnp.int32),
+        "left_out": jnp.sum(jnp.where(left_out, weight, 0), axis=-1),
+    }
+
+
+def _keep_pallas(noisy: NoisyLogits, mass: HeadMass, thresholds: Thresholds, length) -> Kept:
+    """The list by kernels; the sums over all tokens by XLA, whose reductions are as fast and always in one order."""
+    mark = functools.partial(
+        top_p_kernels.mark_thresholds_kernel,
+        sink=noisy.sink, deviations=thresholds.deviations, least_deviation=LEAST_DEVIATION,
+    )  # fmt: skip
+    inputs = [noisy.noise, thresholds.bulk, thresholds.single, noisy.scale, noisy.scores]
+    indices, counts = top_p_kernels.list_tokens(mark, inputs, noisy.quantized, length, tokens=noisy.scores.shape[-1])
+    left_out = noisy.scored & is_left_out(noisy, thresholds)
+    return Kept(indices=indices, counts=counts, **_sums(noisy, mass, left_out))
+
+
+IMPLEMENTATIONS = {"xla": keep_by_thresholds_reference, "pallas": _keep_pallas}
 
 
 def keep_by_thresholds(
@@ -55,6 +74,9 @@ def keep_by_thresholds(
 
     Args:
       length: int32 [B], tokens in the cache.
-      implementation: "xla" or None.
+      implementation: "xla", "pallas" or None.
+
+    Raises:
+      NotImplementedError: the kernel cannot take the shape.
     """
-    return select(IMPLEMENTATIONS, implementation, gpu="xla")(noisy, mass, thresholds, length)
+    return select(IMPLEMENTATIONS, implementation, gpu="pallas")(noisy, mass, thresholds, length)

@@ -16,6 +16,7 @@ import statistics
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import debiased_mass
 from rabitq_jax._dispatch import select
 
 GRID = 1 / 8
@@ -184,7 +185,22 @@ def upper_bound(first, second, level, deviations: float):
     return jnp.maximum(level * first, (1 + SHARED * deviations) * first + deviations * jnp.sqrt(second))
 
 
-IMPLEMENTATIONS = {"xla": find_bulk_reference}
+def _find_bulk_pallas(noisy: NoisyLogits, mass: HeadMass, budget, level, deviations: float):
+    """32 parts in each of two passes over the scores."""
+
+    def masses_below(thresholds):
+        # A power of two for the kernel; nothing lies below minus infinity.
+        padded = jnp.pad(thresholds, [(0, 0)] * 3 + [(0, 1)], constant_values=-jnp.inf)
+        sums = debiased_mass.masses_below(
+            noisy.scores, noisy.noise, noisy.scale, noisy.quantized, mass.peak, padded,
+            sink=noisy.sink, least_deviation=LEAST_DEVIATION,
+        )  # fmt: skip
+        return tuple(x[..., :-1] for x in sums)
+
+    return search_grid(masses_below, mass.top, budget, level, deviations, ways=32)
+
+
+IMPLEMENTATIONS = {"xla": find_bulk_reference, "pallas": _find_bulk_pallas}
 
 
 def find_bulk(noisy: NoisyLogits, mass: HeadMass, budget, level, deviations: float, *, implementation=None):
@@ -193,12 +209,12 @@ def find_bulk(noisy: NoisyLogits, mass: HeadMass, budget, level, deviations: flo
     Args:
       budget: float32 [B,K,G], in units of e^peak.
       level, deviations: of `upper_bound`, which is compared with the budget.
-      implementation: "xla" or None.
+      implementation: "xla", "pallas" or None.
 
     Returns:
       The threshold, float32 [B,K,G], -inf to keep everything; and C1 at it.
     """
-    find = select(IMPLEMENTATIONS, implementation, gpu="xla")
+    find = select(IMPLEMENTATIONS, implementation, gpu="pallas")
     return find(noisy, mass, budget, level, deviations)
 
 

@@ -7,10 +7,19 @@ head's own tokens, and the sums of certificate.py.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import found_tokens as found_tokens_kernel
+from pallas_kernels import gathered_attention as gathered_attention_kernel
 from rabitq_jax._dispatch import select
-from rabitq_jax.certificate import Found, found_terms
+from rabitq_jax.certificate import FAR, LARGEST_LOG, Found, found_terms
 from rabitq_jax.gathered_attention import Tiles, rescale
-from rabitq_jax.thresholds import HeadMass, NoisyLogits, Thresholds, deviation_of, threshold_of
+from rabitq_jax.thresholds import (
+    LEAST_DEVIATION,
+    HeadMass,
+    NoisyLogits,
+    Thresholds,
+    deviation_of,
+    threshold_of,
+)
 
 
 def verified_attention_reference(
@@ -33,7 +42,7 @@ def verified_attention_reference(
         sd = deviation_of(noisy.noise[..., None], jnp.take_along_axis(noisy.scale, token, axis=-1)[:, :, None])
         threshold = threshold_of(bulk, single, thresholds.deviations, sd)
         is_scored = valid & ((token >= noisy.sink) & (token < noisy.quantized[:, None, None]))[:, :, None]
-        is_found = is_scored & ~((scores < threshold) & jnp.isfinite(scores))
+        is_found = is_scored & ~((scores < threshold) & (scores > -jnp.inf))
         is_own = is_found | (valid & ~is_scored)
         own = own * decay + jnp.sum(jnp.where(is_own, weights, 0), axis=-1)
         terms = found_terms(logits, scores, sd, threshold, peak)
@@ -49,7 +58,25 @@ def verified_attention_reference(
     return out, peak_found + jnp.log(total), peak_found + jnp.log(own), found
 
 
-IMPLEMENTATIONS = {"xla": verified_attention_reference}
+def _verified_attention_pallas(
+    query, keys, values, indices, counts, noisy: NoisyLogits, mass: HeadMass, thresholds: Thresholds,
+    *, softmax_scale: float,
+):  # fmt: skip
+    """One kernel attends and hands out the logits of the listed tokens; another sums over them."""
+    out, logits = gathered_attention_kernel.gathered_attention_and_logits(
+        query, keys, values, indices, counts, softmax_scale=softmax_scale
+    )
+    attended, own, missed, variance, information, score = found_tokens_kernel.found_tokens(
+        noisy.scores, noisy.noise, noisy.scale, noisy.quantized, thresholds.bulk, thresholds.single, mass.peak,
+        indices, counts, logits,
+        sink=noisy.sink, deviations=thresholds.deviations, least_deviation=LEAST_DEVIATION, far=FAR,
+        largest_log=LARGEST_LOG,
+    )  # fmt: skip
+    found = Found(missed=missed, variance=variance, information=information, score=score)
+    return out, mass.peak + jnp.log(attended), mass.peak + jnp.log(own), found
+
+
+IMPLEMENTATIONS = {"xla": verified_attention_reference, "pallas": _verified_attention_pallas}
 
 
 def verified_attention(
@@ -70,14 +97,14 @@ def verified_attention(
     Args:
       query, keys, values, indices, counts, softmax_scale: as in `gathered_attention`.
       noisy, mass, thresholds: what chose the list.
-      implementation: "xla" or None.
+      implementation: "xla", "pallas" or None.
 
     Returns:
       The output, float32 [B,K,G,D]; the logarithms of the mass attended, and of the mass of each query head's own
       tokens, float32 [B,K,G]; and the sums over these. Where the list is empty the output is zero, and the rest means
       nothing.
     """
-    attend = select(IMPLEMENTATIONS, implementation, gpu="xla")
+    attend = select(IMPLEMENTATIONS, implementation, gpu="pallas")
     return attend(
         query, keys, values, indices, counts, noisy, mass, thresholds, softmax_scale=softmax_scale
     )  # fmt: skip
