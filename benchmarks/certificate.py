@@ -32,6 +32,7 @@ HARD_TOKENS = 1024
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--model", default=str(RETRIEVER), help="Folder or hub id; the model that ships with the library.")
 @click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--task", "tasks", multiple=True, type=click.Choice(list(TASKS)), help="Retrieval tasks; all by default.")
 @click.option("--tokens", default=4096, show_default=True, help="Length of the prompts.")
 @click.option("--examples", default=2, show_default=True, help="Problems of each task.")
 @click.option("--rotations", default=80, show_default=True, help="Of the hard heads, 32 head-steps each.")
@@ -39,11 +40,12 @@ HARD_TOKENS = 1024
 @click.option("--failure-rate", default=1e-3, show_default=True)
 @click.option("--name", default="certificate", show_default=True, help="Name of the results.")
 @commit_option
-def main(model, dtype, tokens, examples, rotations, top_p, failure_rate, name, commit) -> None:
+def main(model, dtype, tasks, tokens, examples, rotations, top_p, failure_rate, name, commit) -> None:
+    tasks = tasks or list(TASKS)
     content = {
-        "model": model if model != str(RETRIEVER) else "retriever", "dtype": dtype, "tokens": tokens,
-        "examples": examples, "failure_rate": failure_rate, "kinds": hard_heads.KINDS, "hard_tokens": HARD_TOKENS,
-        "rows": measure_model(model, dtype, tokens, examples, top_p, failure_rate),
+        "model": model if model != str(RETRIEVER) else "retriever", "dtype": dtype, "tasks": tasks,
+        "tokens": tokens, "examples": examples, "failure_rate": failure_rate, "kinds": hard_heads.KINDS, "hard_tokens": HARD_TOKENS,
+        "rows": measure_model(model, dtype, tasks, tokens, examples, top_p, failure_rate),
     }  # fmt: skip
     # As soon as it is known, so that it is kept if what follows fails.
     write_result(f"{name}.json", content, commit=commit)
@@ -64,10 +66,10 @@ def choices(top_p, failure_rate: float, tails=("drop",)) -> list[dict[str, Any]]
     ]
 
 
-def measure_model(model: str, dtype: str, tokens: int, examples: int, top_p, failure_rate: float) -> list[dict]:
+def measure_model(model: str, dtype: str, tasks, tokens: int, examples: int, top_p, failure_rate: float) -> list[dict]:
     """A row for each way of choosing; all layers have codes."""
     decoder, tokenizer = load_pretrained(model, dtype=jnp.dtype(dtype))
-    problems = [problem for task in TASKS.values() for problem in make_problems(task, tokens, examples, tokenizer)]
+    problems = [problem for task in tasks for problem in make_problems(TASKS[task], tokens, examples, tokenizer)]
     known = Known.answers(tokenizer, problems)
     ways = choices(top_p, failure_rate, ("drop", "mean"))
     configs = [None, *(RaBitQConfig(dense_layers=0, **way) for way in ways)]

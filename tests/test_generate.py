@@ -67,8 +67,9 @@ def test_greedy_tokens_equal_those_of_whole_forward_passes(model, config):
 
 
 @pytest.mark.kernel
-def test_kernels_give_the_tokens_of_dense_attention(model):
-    exact = dataclasses.replace(EXACT, **KERNELS)
+@pytest.mark.parametrize("selection", ["plain", "certified"])
+def test_kernels_give_the_tokens_of_dense_attention(model, selection):
+    exact = dataclasses.replace(EXACT, selection=selection, **KERNELS)
     out = generate(model, prompt(120), exact, max_new_tokens=16, key=KEY)
     np.testing.assert_array_equal(out.tokens, generate(model, prompt(120), None, max_new_tokens=16, key=KEY).tokens)
     assert out.finite[0]
