@@ -43,8 +43,8 @@ HARD_TOKENS = 1024
 def main(model, dtype, tasks, tokens, examples, rotations, top_p, failure_rate, name, commit) -> None:
     tasks = tasks or list(TASKS)
     content = {
-        "model": model if model != str(RETRIEVER) else "retriever", "dtype": dtype, "tasks": tasks,
-        "tokens": tokens, "examples": examples, "failure_rate": failure_rate, "kinds": hard_heads.KINDS, "hard_tokens": HARD_TOKENS,
+        "model": model if model != str(RETRIEVER) else "retriever", "dtype": dtype, "tasks": tasks, "tokens": tokens,
+        "examples": examples, "failure_rate": failure_rate, "kinds": hard_heads.KINDS, "hard_tokens": HARD_TOKENS,
         "rows": measure_model(model, dtype, tasks, tokens, examples, top_p, failure_rate),
     }  # fmt: skip
     # As soon as it is known, so that it is kept if what follows fails.

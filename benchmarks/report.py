@@ -187,8 +187,9 @@ def certificate(measured: dict[str, Any]) -> str:
     """True attention captured against the p that was asked for."""
     p = min((row["top_p"] for row in measured["rows"]), key=lambda p: abs(p - CERTIFICATE_TOP_P))
     (steps,) = {row["head_steps"] for row in measured["rows"] if row["heads"] == "model"}
+    problems = f"{measured['examples']} problems of each of {', '.join(measured['tasks'])}"
     about = (
-        f"**The trained model** ({provenance(measured, 'certificate.json')}; every layer with codes, prompts of "
+        f"**The trained model** ({provenance(measured, 'certificate.json')}; every layer with codes; {problems} at "
         f"{measured['tokens']:,} tokens, {steps:,} head-steps a line, failure rate {measured['failure_rate']:g}). "
         "Captured is the share of the exact attention in the tokens that a kv head attends. A head-step is one query "
         "head in one layer and decode step."

@@ -171,7 +171,8 @@ def search_grid(masses_below, top, budget, level, deviations: float, *, ways: in
     rounds = round(math.log(STEPS, ways))
     # The grid's last step keeps everything, so that nothing is below it.
     state = (jnp.zeros(top.shape, jnp.int32), jnp.zeros_like(top))
-    index, below = jax.lax.fori_loop(0, rounds, narrow, state)
+    # A few rounds need no loop, which costs a GPU more than they do.
+    index, below = jax.lax.fori_loop(0, rounds, narrow, state, unroll=ways > 2)
     return jnp.where(index == STEPS - 1, -jnp.inf, _threshold_at(index, top)), below
 
 

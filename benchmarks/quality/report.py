@@ -39,7 +39,8 @@ def length_table(content: dict[str, Any], tokens: int) -> str:
         line += [f"{mean['kept']:.1%}", f"{mean['bytes_read']:.1%}"]
         if probes:
             answers, text = probes["answers", top_p], probes["text", top_p]
-            line += [share(answers["claimed"])] + [share(answers["verified"])] * verifies + [share(answers["captured"])]
+            masses = ("claimed", *["verified"] * verifies, "captured")
+            line += [share(answers.get(name)) for name in masses]
             line += [f"{answers['divergence']:.4f}", f"{text['perplexity']:.3f}"]
         lines.append(cells(line))
     return "\n".join(lines)
