@@ -31,7 +31,7 @@ class DecodeStats:
       kept: int32 [B,K], tokens attended by each kv head.
       scored: int32 [B,H], quantized tokens that each query head asked for.
       mass: float32 [B,H], share of the estimated mass in each query head's own tokens (of all tokens or of the scored
-        ones: config.top_p_scope).
+        ones: config.top_p_scope). For selections other than "plain": what the debiased estimates claim of it.
       bytes_read: float32 [B], bytes of the cache that the step reads.
       bytes_dense: float32 [B], bytes that dense attention reads.
       finite: bool [B], no NaN or infinity in the output.
