@@ -1,6 +1,7 @@
 """Time of one layer's decode step, all of its parts together.
 
     python -m benchmarks.decode_attention --suite context      # writes benchmarks/results/decode_attention.json
+    python -m benchmarks.decode_attention --suite context --selection certified      # ..._certified.json
 
 Kernel time is that of choosing the tokens, from the query on, and of attending to them. Wall time is that of
 `attention.decode`, which appends the new token and quantizes besides; the dense baselines only attend.
@@ -8,6 +9,7 @@ Kernel time is that of choosing the tokens, from the query on, and of attending 
 
 import dataclasses
 from collections.abc import Iterator
+from typing import get_args
 
 import jax
 
@@ -22,6 +24,7 @@ from benchmarks.suite import command, weighed
 from rabitq_jax import RaBitQConfig, attention
 from rabitq_jax._dispatch import on_gpu
 from rabitq_jax.cache import LayerCache
+from rabitq_jax.config import SelectionRule
 from rabitq_jax.gathered_attention import gathered_attention
 
 
@@ -87,7 +90,7 @@ def quantization(cache: LayerCache, config: RaBitQConfig, step_us: float) -> dic
     return {"idle_us": idle, "block_us": block, "share_of_step": mean / step_us}
 
 
-main = command("decode_attention", measure, __doc__)
+main = command("decode_attention", measure, __doc__, selections=get_args(SelectionRule))
 
 if __name__ == "__main__":
     main()

@@ -81,7 +81,7 @@ def quantize(query: jax.Array, cache: LayerCache, config: RaBitQConfig) -> Int4Q
 def select(query: jax.Array, cache: LayerCache, config: RaBitQConfig) -> Selection:
     """The Selection of a decode step with these queries [B,K,G,D]."""
     key = jax.random.key(ROUNDING_KEY)
-    return attention.choose_tokens(query, cache, config, query.shape[-1] ** -0.5, key)
+    return attention.attend_selected(query, cache, config, query.shape[-1] ** -0.5, key)[1]
 
 
 def planted_cache(

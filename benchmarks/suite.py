@@ -1,7 +1,7 @@
 """What the benchmarks of an operation have in common: their command line, and a row's times and bytes."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import click
 import jax
@@ -12,27 +12,36 @@ from benchmarks.shapes import SUITES, Case
 from rabitq_jax import RaBitQConfig
 from rabitq_jax._dispatch import on_gpu
 
+DEFAULT = RaBitQConfig()
 # measure(case, config, bandwidth in bytes a second) gives the rows of a case, one an implementation.
 Measure = Callable[[Case, RaBitQConfig, float], Iterable[dict]]
 
 
-def command(operation: str, measure: Measure, about: str) -> click.Command:
-    """The command that measures cases and writes results/`operation`.json, row by row."""
+def command(
+    operation: str, measure: Measure, about: str, *, selections: Sequence[str] = (DEFAULT.selection,)
+) -> click.Command:
+    """The command that measures cases and writes results/`operation`.json, row by row.
+
+    Args:
+      selections: rules that may be asked for; others than the default write results/`operation`_`rule`.json.
+    """
 
     @click.command(name=operation, help=about.split("\n")[0])
     @click.option("--suite", "suites", multiple=True, type=click.Choice(list(SUITES)), help="Cases; may be repeated.")
     @click.option("--tokens", multiple=True, type=int, help="Only the cases of this capacity; may be repeated.")
     @click.option("--top-p", default=0.95, show_default=True, help="Share of the attention mass to keep.")
+    @click.option("--selection", type=click.Choice(selections), default=DEFAULT.selection, show_default=True)
     @commit_option
-    def main(suites: tuple[str, ...], tokens: tuple[int, ...], top_p: float, commit: str) -> None:
+    def main(suites: tuple[str, ...], tokens: tuple[int, ...], top_p: float, selection: str, commit: str) -> None:
         announce_device()
+        name = operation if selection == DEFAULT.selection else f"{operation}_{selection}"
         suites = suites or ("context" if on_gpu() else "small",)
         cases = [case for suite in suites for case in SUITES[suite] if not tokens or case.shape.tokens in tokens]
         bandwidth = timing.bandwidth()
         for case in cases:
-            for row in measure(case, RaBitQConfig(top_p=top_p), bandwidth):
-                row = {"case": case.name, "shape": str(case.shape), "top_p": top_p} | row
-                write_row(f"{operation}.json", row, commit=commit)
+            for row in measure(case, RaBitQConfig(top_p=top_p, selection=selection), bandwidth):
+                row = {"case": case.name, "shape": str(case.shape), "top_p": top_p, "selection": selection} | row
+                write_row(f"{name}.json", row, commit=commit)
                 click.echo(summary(row))
 
     return main

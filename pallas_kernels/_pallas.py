@@ -34,6 +34,17 @@ def block_of(tokens: int, largest: int) -> int:
     return block
 
 
+def per_sequence(kv_heads: int):
+    """The entry of a sequence, of an array [B], for programs (kv head, i)."""
+    return pl.BlockSpec((None,), lambda row, i: (row // kv_heads,))
+
+
+def per_head(array, kv_heads: int):
+    """A kv head's part of an array [B,K,...], whole, for programs (kv head, i)."""
+    shape = array.shape[2:]
+    return pl.BlockSpec((None, None, *shape), lambda row, i: (row // kv_heads, row % kv_heads, *(0,) * len(shape)))
+
+
 def load_masked(ref, index, mask, other: float = 0):
     """Load `ref[index]` where mask holds, `other` elsewhere; index is a tuple of integer arrays of mask's shape."""
     return plt.load(ref.at[index], mask=mask, other=other)

@@ -21,10 +21,11 @@ LOWEST = -1e30
 
 
 def _attend_kernel(
-    count_ref, query_ref, keys_ref, values_ref, indices_ref, peak_ref, total_ref, out_ref,
+    count_ref, query_ref, keys_ref, values_ref, indices_ref, peak_ref, total_ref, out_ref, logits_ref=None,
     *, splits, tile, softmax_scale,
 ):  # fmt: skip
-    """count [], query [G,D], keys and values [T,D], indices [S] -> peak and total [M], out [M,Dp] of this split."""
+    """count [], query [G,D], keys and values [T,D], indices [S] -> peak and total [M], out [M,Dp] of this split; and,
+    if asked for, the logits [G,S] of the list's tokens."""
     head_dim = keys_ref.shape[1]
     rows, columns = product_shape(*query_ref.shape)
     count = count_ref[...]
@@ -46,6 +47,10 @@ def _attend_kernel(
         logits = softmax_scale * _pallas.dot(query, load_rows(keys_ref, index, valid).T)
         # Minus infinity comes from a key or query that is not finite, and would pass as a token without weight.
         logits = jnp.where(valid[None, :], jnp.where(logits == -jnp.inf, jnp.nan, logits), LOWEST)
+        if logits_ref is not None:
+            row, column = (jax.lax.broadcasted_iota(jnp.int32, (rows, tile), axis) for axis in (0, 1))
+            listed = (row < query_ref.shape[0]) & valid[None, :]
+            _pallas.store_masked(logits_ref, (row, i * tile + column), logits, listed)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
         decay = jnp.exp(peak - new_peak)
         weights = jnp.where(valid[None, :], jnp.exp(logits - new_peak[:, None]), 0.0)
@@ -85,6 +90,15 @@ def load_query(query_ref, dtype):
 
 def gathered_attention(query, keys, values, indices, counts, *, softmax_scale):
     """`rabitq_jax.gathered_attention.gathered_attention_reference`."""
+    return _attend(query, keys, values, indices, counts, softmax_scale=softmax_scale, with_logits=False)[0]
+
+
+def gathered_attention_and_logits(query, keys, values, indices, counts, *, softmax_scale):
+    """`gathered_attention`, and the listed tokens' logits in the list's order, float32 [B,K,G,S]."""
+    return _attend(query, keys, values, indices, counts, softmax_scale=softmax_scale, with_logits=True)
+
+
+def _attend(query, keys, values, indices, counts, *, softmax_scale, with_logits):
     batch, kv_heads, group, head_dim = query.shape
     heads = batch * kv_heads
     rows, columns = product_shape(group, head_dim)
@@ -98,16 +112,18 @@ def gathered_attention(query, keys, values, indices, counts, *, softmax_scale):
     def part(*shape):
         return pl.BlockSpec((None, None, *shape), lambda row, i: (row, i, *(0,) * len(shape)))
 
-    peak, total, partial = _pallas.call(
+    logits_shape = [jax.ShapeDtypeStruct((batch, kv_heads, group, indices.shape[-1]), jnp.float32)] * with_logits
+    peak, total, partial, *logits = _pallas.call(
         functools.partial(_attend_kernel, splits=splits, tile=tile, softmax_scale=softmax_scale),
         name="gathered_attention",
         grid=(heads, splits),
         in_specs=[head(x.shape[2:]) for x in (counts, query, keys, values, indices)],
-        out_specs=[part(rows), part(rows), part(rows, columns)],
+        out_specs=[part(rows), part(rows), part(rows, columns)] + [head(x.shape[2:]) for x in logits_shape],
         out_shape=[
             jax.ShapeDtypeStruct((heads, splits, rows), jnp.float32),
             jax.ShapeDtypeStruct((heads, splits, rows), jnp.float32),
             jax.ShapeDtypeStruct((heads, splits, rows, columns), jnp.float32),
+            *logits_shape,
         ],
     )(counts, query, keys, values, indices)
 
@@ -122,4 +138,4 @@ def gathered_attention(query, keys, values, indices, counts, *, softmax_scale):
         out_specs=pl.BlockSpec((None, None, columns), lambda row, g: (row, g, 0)),
         out_shape=jax.ShapeDtypeStruct((heads, group, columns), jnp.float32),
     )(peak, total, partial)
-    return out.reshape(batch, kv_heads, group, columns)[..., :head_dim]
+    return (out.reshape(batch, kv_heads, group, columns)[..., :head_dim], *logits)

@@ -211,14 +211,11 @@ def prepare_query(
     words, count = rotation.shape[0] // 32, centroids.shape[2]
     heads = padded_heads(group)
     sizes = _Sizes(sink=sink, softmax_scale=softmax_scale, scope_all=scope_all, random=seed is not None)
-    per_sequence = pl.BlockSpec((None,), lambda row, i: (row // kv_heads,))
+    per_sequence = _pallas.per_sequence(kv_heads)
+    head = functools.partial(_pallas.per_head, kv_heads=kv_heads)
 
     def whole(array):
         return pl.BlockSpec(array.shape, lambda row, i: (0,) * array.ndim)
-
-    def head(array):
-        shape = array.shape[2:]
-        return pl.BlockSpec((None, None, *shape), lambda row, i: (row // kv_heads, row % kv_heads, *(0,) * len(shape)))
 
     by_head = [centroids] + ([] if query_centroid is None else [query_centroid])
     seed = jnp.zeros((2,), jnp.uint32) if seed is None else seed

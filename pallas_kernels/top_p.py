@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.ref import addupdate
 
 from pallas_kernels import _pallas
+from pallas_kernels.debiased_mass import deviation
 
 BINS = 1024
 BINS_PER_NAT = 32
@@ -81,9 +82,45 @@ def _threshold_kernel(counts_ref, peak_ref, exact_lse_ref, kept_bins_ref, scored
     mass_ref[...] = jnp.where(total == 0, 1.0, 1.0 - dropped / total)
 
 
-def _mark_kernel(quantized_ref, length_ref, kept_bins_ref, peak_ref, scores_ref, mask_ref, count_ref, *, block, sink):
+def _mark_scores_kernel(
+    quantized_ref, length_ref, kept_bins_ref, peak_ref, scores_ref, mask_ref, count_ref, *, block, sink
+):
     """quantized, length [], kept_bins and peak [G], scores [G,T] -> mask int32 [T/32], count [] of this block."""
 
+    def mark(token):
+        scored = _scored(token, quantized_ref[...], sink)
+        wanted = jnp.zeros(token.shape, jnp.bool_)
+        for g in range(scores_ref.shape[0]):
+            score = _pallas.load_masked(scores_ref, (g + 0 * token, token), scored)
+            wanted |= bin_of(score, peak_ref[g]) < kept_bins_ref[g]
+        return (scored & wanted) | (~scored & (token < length_ref[...]))
+
+    _mark_block(mark, 1, length_ref, mask_ref, count_ref, block)
+
+
+def mark_thresholds_kernel(
+    quantized_ref, length_ref, noise_ref, bulk_ref, single_ref, scale_ref, scores_ref, mask_ref, count_ref,
+    *, block, sink, deviations, least_deviation,
+):  # fmt: skip
+    """quantized, length []; noise, bulk and single [G], scale [T], scores [G,T] -> mask int32 [T/32], count []."""
+
+    def mark(token):
+        scored = _scored(token, quantized_ref[...], sink)
+        scale = _pallas.load_masked(scale_ref, (token,), scored)
+        wanted = jnp.zeros(token.shape, jnp.bool_)
+        for g in range(scores_ref.shape[0]):
+            score = _pallas.load_masked(scores_ref, (g + 0 * token, token), scored)
+            sd = deviation(noise_ref[g], scale, least_deviation)
+            # What is not finite is always kept.
+            threshold = jnp.minimum(bulk_ref[g], single_ref[g] - deviations * sd)
+            wanted |= ~((score < threshold) & (score > -jnp.inf))
+        return (scored & wanted) | (~scored & (token < length_ref[...]))
+
+    _mark_block(mark, 1, length_ref, mask_ref, count_ref, block)
+
+
+def _mark_block(mark, tokens_each, length_ref, mask_ref, count_ref, block):
+    """Store a block's mask and the number of its ones; `mark(token)` gives `tokens_each` bits from token on."""
     start = pl.program_id(1) * block
 
     @pl.when(start >= length_ref[...])
@@ -92,16 +129,10 @@ def _mark_kernel(quantized_ref, length_ref, kept_bins_ref, peak_ref, scores_ref,
 
     @pl.when(start < length_ref[...])
     def _():
-        shape = (block // 32, 32)
-        bit = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        token = start + 32 * jax.lax.broadcasted_iota(jnp.int32, shape, 0) + bit
-        scored = _scored(token, quantized_ref[...], sink)
-        wanted = jnp.zeros(token.shape, jnp.bool_)
-        for g in range(scores_ref.shape[0]):
-            score = _pallas.load_masked(scores_ref, (g + 0 * token, token), scored)
-            wanted |= bin_of(score, peak_ref[g]) < kept_bins_ref[g]
-        keep = (scored & wanted) | (~scored & (token < length_ref[...]))
-        mask = jnp.sum(keep.astype(jnp.int32) << bit, axis=1)
+        shape = (block // 32, 32 // tokens_each)
+        shift = tokens_each * jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        token = start + 32 * jax.lax.broadcasted_iota(jnp.int32, shape, 0) + shift
+        mask = jnp.sum(mark(token).astype(jnp.int32) << shift, axis=1)
         count_ref[...] = jnp.sum(jax.lax.population_count(mask))
         mask_ref[pl.ds(start // 32, block // 32)] = mask
 
@@ -142,18 +173,9 @@ def select_top_p(scores, exact_lse, quantized, length, *, sink, top_p):
     peak = jnp.where(peak == -jnp.inf, jnp.where(exact_lse == -jnp.inf, 0.0, exact_lse), peak)
     counts = _histogram(scores, peak, quantized, sink=sink)
     kept_bins, n_scored, mass = _kept_bins(counts, peak, exact_lse, top_p=top_p)
-    indices, n_attended = _list_tokens(kept_bins, peak, scores, quantized, length, sink=sink)
+    mark = functools.partial(_mark_scores_kernel, sink=sink)
+    indices, n_attended = list_tokens(mark, [kept_bins, peak, scores], quantized, length, tokens=scores.shape[-1])
     return indices, n_attended, n_scored, mass
-
-
-def _per_sequence(kv_heads):
-    return pl.BlockSpec((None,), lambda row, i: (row // kv_heads,))
-
-
-def _per_head(array, kv_heads):
-    """A kv head's part of an array [B,K,...], whole."""
-    shape = array.shape[2:]
-    return pl.BlockSpec((None, None, *shape), lambda row, i: (row // kv_heads, row % kv_heads, *(0,) * len(shape)))
 
 
 def _block_tokens(tokens):
@@ -172,8 +194,8 @@ def _histogram(scores, peak, quantized, *, sink):
         functools.partial(_histogram_kernel, block=block, sink=sink),
         name="top_p_histogram",
         grid=(batch * kv_heads, tokens // block),
-        in_specs=[_per_sequence(kv_heads)] + [_per_head(x, kv_heads) for x in (peak, scores, counts)],
-        out_specs=_per_head(counts, kv_heads),
+        in_specs=[_pallas.per_sequence(kv_heads)] + [_pallas.per_head(x, kv_heads) for x in (peak, scores, counts)],
+        out_specs=_pallas.per_head(counts, kv_heads),
         out_shape=jax.ShapeDtypeStruct(counts.shape, jnp.int32),
         input_output_aliases={3: 0},
     )(quantized, peak, scores, counts)
@@ -202,9 +224,15 @@ def _kept_bins(counts, peak, exact_lse, *, top_p):
     return tuple(x.reshape(peak.shape) for x in out)
 
 
-def _list_tokens(kept_bins, peak, scores, quantized, length, *, sink):
-    """Tokens to attend: indices int32 [B,K,T] and counts int32 [B,K]."""
-    batch, kv_heads, _, tokens = scores.shape
+def list_tokens(mark_kernel, inputs, quantized, length, *, tokens):
+    """Tokens that the kernel marks, in a list: indices int32 [B,K,T] and counts int32 [B,K].
+
+    Args:
+      mark_kernel: `_mark_scores_kernel` or `mark_thresholds_kernel`, with its sink.
+      inputs: what it reads, arrays [B,K,...].
+      tokens: T.
+    """
+    batch, kv_heads = inputs[0].shape[:2]
     block = _block_tokens(tokens)
     grid = (batch * kv_heads, tokens // block)
 
@@ -212,22 +240,22 @@ def _list_tokens(kept_bins, peak, scores, quantized, length, *, sink):
         return jax.ShapeDtypeStruct((batch, kv_heads, *shape), jnp.int32)
 
     def head(array):
-        return _per_head(array, kv_heads)
+        return _pallas.per_head(array, kv_heads)
 
     per_block = pl.BlockSpec((None, None, None), lambda row, i: (row // kv_heads, row % kv_heads, i))
     mask, counts = _pallas.call(
-        functools.partial(_mark_kernel, block=block, sink=sink),
+        functools.partial(mark_kernel, block=block),
         name="top_p_mark",
         grid=grid,
-        in_specs=[_per_sequence(kv_heads)] * 2 + [head(x) for x in (kept_bins, peak, scores)],
+        in_specs=[_pallas.per_sequence(kv_heads)] * 2 + [head(x) for x in inputs],
         out_specs=[head(like(tokens // 32)), per_block],
         out_shape=[like(tokens // 32), like(tokens // block)],
-    )(quantized, length, kept_bins, peak, scores)
+    )(quantized, length, *inputs)
     return _pallas.call(
         functools.partial(_write_kernel, block=block),
         name="top_p_write",
         grid=grid,
-        in_specs=[_per_sequence(kv_heads), head(counts), head(mask)],
+        in_specs=[_pallas.per_sequence(kv_heads), head(counts), head(mask)],
         out_specs=[head(like(tokens)), head(like())],
         out_shape=[like(tokens), like()],
     )(length, counts, mask)

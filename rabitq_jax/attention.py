@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from rabitq_jax import codes as key_codes
-from rabitq_jax.cache import Cache, LayerCache, append, init_codes, layer_rotation_key
+from rabitq_jax.cache import Cache, LayerCache, append, init_codes, init_scored_values, layer_rotation_key
+from rabitq_jax.certified_attention import Verification, attend_certified
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.dense_attention import decode_attention, prefill_attention
 from rabitq_jax.gathered_attention import gathered_attention
-from rabitq_jax.selection import choose_tokens
+from rabitq_jax.selection import choose_tokens, quantize_and_sum
 
 
 @jax.tree_util.register_dataclass
@@ -28,10 +29,18 @@ class DecodeStats:
       kept: int32 [B,K], tokens attended by each kv head.
       scored: int32 [B,H], quantized tokens that each query head asked for.
       mass: float32 [B,H], share of the estimated mass in each query head's own tokens (of all tokens or of the scored
-        ones: config.top_p_scope).
+        ones: config.top_p_scope). For selections other than "plain": what the debiased estimates claim of it.
       bytes_read: float32 [B], bytes of the cache that the step reads.
       bytes_dense: float32 [B], bytes that dense attention reads.
       finite: bool [B], no NaN or infinity in the output.
+      verified: float32 [B,H], share of all attention in the tokens that the query head's kv head attends, as exact
+        attention to them shows it: estimated without bias.
+      bound: float32 [B,H], what that share is at least, with probability 1 - config.failure_rate.
+      extended: bool [B,H], query heads that had a second round, because the bound of the first was below p.
+      certified: bool [B,H], the bound is p or more. Where it is not, p may be held all the same: it is the claim that
+        fails, and no round follows.
+      The last four are None for config.selection "plain", which verifies nothing; 1, 1, False and True in a layer that
+      attends densely.
     """
 
     length: jax.Array
@@ -41,6 +50,10 @@ class DecodeStats:
     bytes_read: jax.Array
     bytes_dense: jax.Array
     finite: jax.Array
+    verified: jax.Array | None = None
+    bound: jax.Array | None = None
+    extended: jax.Array | None = None
+    certified: jax.Array | None = None
 
 
 def decode(
@@ -81,35 +94,56 @@ def decode(
     else:
         if config is None:
             raise ValueError("config is None, but the cache has codes: pass the RaBitQConfig it was made with")
-        out, stats = attend_selected(grouped, cache, config, softmax_scale, prng_key)
+        out, _, stats = attend_selected(grouped, cache, config, softmax_scale, prng_key)
         cache = _quantize_full_blocks(cache, config, max_blocks=1)
     return out.reshape(query.shape).astype(query.dtype), cache, stats
 
 
+def _attend_and_verify(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key):
+    quantized, exact_lse = quantize_and_sum(query, cache, config, softmax_scale, prng_key)
+    return attend_certified(query, quantized, exact_lse, cache, config, softmax_scale)
+
+
 def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key):
-    """Attention over the tokens that `choose_tokens` selects; arguments as of `rabitq_jax.selection.choose_tokens`.
+    """Attention of one token over those that config.selection chooses; arguments as of `selection.choose_tokens`.
 
     Returns:
-      float32 [B,K,G,D] and stats.
+      float32 [B,K,G,D], the selection, and stats.
     """
-    with jax.named_scope("select_tokens"):
-        selection = choose_tokens(query, cache, config, softmax_scale, prng_key)
-    with jax.named_scope("gathered_attention"):
-        out = gathered_attention(
-            query, cache.keys, cache.values, selection.indices, selection.counts,
-            softmax_scale=softmax_scale, implementation=config.attend,
-        )  # fmt: skip
+    if config.selection == "plain":
+        with jax.named_scope("select_tokens"):
+            selection = choose_tokens(query, cache, config, softmax_scale, prng_key)
+        with jax.named_scope("gathered_attention"):
+            out = gathered_attention(
+                query, cache.keys, cache.values, selection.indices, selection.counts,
+                softmax_scale=softmax_scale, implementation=config.attend,
+            )  # fmt: skip
+        read, verified = selection.counts, {}
+    else:
+        out, selection, verification = _attend_and_verify(query, cache, config, softmax_scale, prng_key)
+        read, verified = verification.read, _verified_stats(verification, config)
     batch = query.shape[0]
     stats = DecodeStats(
         length=cache.length,
         kept=selection.counts,
         scored=selection.scored.reshape(batch, -1),
         mass=selection.mass.reshape(batch, -1),
-        bytes_read=_bytes_read(cache, selection.counts, config),
+        bytes_read=_bytes_read(cache, read, config),
         bytes_dense=_bytes_dense(cache),
         finite=jnp.all(jnp.isfinite(out), axis=(1, 2, 3)),
+        **verified,
     )
-    return out, stats
+    return out, selection, stats
+
+
+def _verified_stats(verification: Verification, config: RaBitQConfig) -> dict[str, jax.Array]:
+    flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
+    return {
+        "verified": flat(verification.verified),
+        "bound": flat(verification.bound),
+        "extended": flat(verification.extended),
+        "certified": flat(verification.bound >= config.top_p),
+    }
 
 
 def _bytes_dense(cache: LayerCache):
@@ -119,8 +153,8 @@ def _bytes_dense(cache: LayerCache):
 
 
 def _bytes_read(cache: LayerCache, counts, config: RaBitQConfig):
-    """float32 [B]: codes and centroids of the quantized tokens, keys and values of the attended ones, and, for p over
-    all tokens, the keys of sinks and window once more."""
+    """float32 [B]: codes and centroids of the quantized tokens; keys and values of the attended ones, int32 [B,K] in
+    all rounds together; for p over all tokens, the keys of sinks and window once more; and the tail's values."""
     assert cache.codes is not None
     _, kv_heads, _, head_dim = cache.keys.shape
     row = head_dim * cache.keys.dtype.itemsize
@@ -130,19 +164,26 @@ def _bytes_read(cache: LayerCache, counts, config: RaBitQConfig):
     if config.top_p_scope == "all":
         exact = cache.length - jnp.maximum(cache.quantized - config.sink, 0)
         read = read + kv_heads * row * exact.astype(jnp.float32)
+    if cache.scored_values is not None:
+        read = read + kv_heads * head_dim * 4
     return read + 2 * row * jnp.sum(counts, axis=1).astype(jnp.float32)
 
 
 def _dense_stats(cache: LayerCache, heads: int, out) -> DecodeStats:
     batch, kv_heads = cache.keys.shape[:2]
+    ones = jnp.ones((batch, heads), jnp.float32)
     return DecodeStats(
         length=cache.length,
         kept=jnp.broadcast_to(cache.length[:, None], (batch, kv_heads)),
         scored=jnp.zeros((batch, heads), jnp.int32),
-        mass=jnp.ones((batch, heads), jnp.float32),
+        mass=ones,
         bytes_read=_bytes_dense(cache),
         bytes_dense=_bytes_dense(cache),
         finite=jnp.all(jnp.isfinite(out), axis=(1, 2, 3)),
+        verified=ones,
+        bound=ones,
+        extended=ones < 1,
+        certified=ones == 1,
     )
 
 
@@ -154,7 +195,23 @@ def _quantize_full_blocks(cache: LayerCache, config: RaBitQConfig, *, max_blocks
         cache.keys, cache.codes, cache.quantized // config.interval, quantized // config.interval,
         interval=config.interval, max_blocks=max_blocks, implementation=config.quantize,
     )  # fmt: skip
-    return dataclasses.replace(cache, codes=codes, quantized=quantized)
+    scored_values = cache.scored_values
+    if scored_values is not None:
+        scored_values += _sum_new_values(cache, quantized, config, max_tokens=max_blocks * config.interval)
+    return dataclasses.replace(cache, codes=codes, quantized=quantized, scored_values=scored_values)
+
+
+def _sum_new_values(cache: LayerCache, quantized, config: RaBitQConfig, *, max_tokens: int):
+    """float32 [B,K,D]: sum of the values of the scored tokens in [cache.quantized, quantized), max_tokens at most."""
+
+    def one_sequence(values, first, stop):
+        start = jnp.minimum(first, values.shape[1] - max_tokens)
+        position = start + jnp.arange(max_tokens)
+        new = (position >= jnp.maximum(first, config.sink)) & (position < stop)
+        part = jax.lax.dynamic_slice_in_dim(values, start, max_tokens, axis=1).astype(jnp.float32)
+        return jnp.sum(jnp.where(new[:, None], part, 0), axis=1)
+
+    return jax.vmap(one_sequence)(cache.values, cache.quantized, quantized)
 
 
 def prefill(
@@ -201,7 +258,7 @@ def prefill(
         if cache.codes.query_centroid is not None:
             cache = _update_query_centroid(cache, query, start, new_tokens)
         if last:
-            cache = _build_codes(cache, config)
+            cache = build_codes(cache, config)
     return out, cache
 
 
@@ -225,11 +282,13 @@ def add_codes(cache: Cache, config: RaBitQConfig) -> Cache:
         batch, kv_heads, capacity, head_dim = layers[index].keys.shape
         rotation_key = layer_rotation_key(config.rotation_seed, index)
         codes = init_codes(batch, capacity, kv_heads, head_dim, config, rotation_key)
-        layers[index] = _build_codes(dataclasses.replace(layers[index], codes=codes), config)
+        scored_values = init_scored_values(batch, kv_heads, head_dim, config)
+        layer = dataclasses.replace(layers[index], codes=codes, scored_values=scored_values)
+        layers[index] = build_codes(layer, config)
     return Cache(layers=tuple(layers), rotation_seed=jnp.uint32(config.rotation_seed))
 
 
-def _build_codes(cache: LayerCache, config: RaBitQConfig) -> LayerCache:
+def build_codes(cache: LayerCache, config: RaBitQConfig) -> LayerCache:
     """Codes of all but the recent window, once the last chunk of a prompt is in the cache."""
     if config.key_centroid == "prompt":
         cache = _set_prompt_centroid(cache)

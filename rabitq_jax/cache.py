@@ -37,6 +37,7 @@ class LayerCache:
       codes: codes of the first `quantized` keys; None in a layer that attends densely.
       length: int32 [B], tokens held for each sequence.
       quantized: int32 [B], tokens that have codes, a multiple of the configuration's interval.
+      scored_values: float32 [B,K,D], sum of the values of tokens [sink, quantized); None unless config.tail is "mean".
     """
 
     keys: jax.Array
@@ -44,6 +45,7 @@ class LayerCache:
     codes: KeyCodes | None
     length: jax.Array
     quantized: jax.Array
+    scored_values: jax.Array | None = None
 
     @property
     def capacity(self) -> int:
@@ -115,6 +117,7 @@ def init_layer_cache(
         codes=codes,
         length=jnp.zeros((batch,), jnp.int32),
         quantized=jnp.zeros((batch,), jnp.int32),
+        scored_values=None if config is None else init_scored_values(batch, num_kv_heads, head_dim, config),
     )
 
 
@@ -136,6 +139,11 @@ def init_codes(
         query_centroid=jnp.zeros((batch, num_kv_heads, head_dim), jnp.float32) if has_query_centroid else None,
         rotation=matrix,
     )
+
+
+def init_scored_values(batch: int, num_kv_heads: int, head_dim: int, config: RaBitQConfig) -> jax.Array | None:
+    """`LayerCache.scored_values` of no tokens."""
+    return jnp.zeros((batch, num_kv_heads, head_dim), jnp.float32) if config.tail == "mean" else None
 
 
 def layer_rotation_key(seed, layer: int) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from typing import get_args
 
 import click
 import jax
@@ -13,7 +14,7 @@ from models import RETRIEVER, Llama, LlamaConfig, TextStream, Tokenizer, load_pr
 from models.folder import read_config
 from models.pretrained import find_folder
 from rabitq_jax.cache import init_cache, round_capacity
-from rabitq_jax.config import RaBitQConfig
+from rabitq_jax.config import RaBitQConfig, SelectionRule, Tail
 from rabitq_jax.generation import Generation, generate
 from rabitq_jax.sampling import Sampling
 
@@ -56,6 +57,18 @@ dtype_option = click.option("--dtype", type=click.Choice(DTYPES), default="bfloa
 @click.option(
     "--top-p", default=DEFAULT.top_p, show_default=True, help="Share of the attention mass to keep, in (0, 1]."
 )
+@click.option(
+    "--selection", type=click.Choice(get_args(SelectionRule)), default=DEFAULT.selection, show_default=True,
+    help="What p is a share of: the estimated attention (plain), the true attention on average (debiased), or in each "
+    "head and step but for a share of them (certified).",
+)  # fmt: skip
+@click.option(
+    "--failure-rate", default=DEFAULT.failure_rate, show_default=True, help="That share, for --selection certified."
+)
+@click.option(
+    "--tail", type=click.Choice(get_args(Tail)), default=DEFAULT.tail, show_default=True,
+    help="What stands for the attention left out: nothing, or the mean value (not with plain selection).",
+)  # fmt: skip
 @click.option("--dense", is_flag=True, help="Attend to everything, without codes.")
 @click.option(
     "--dense-layers", default=DEFAULT.dense_layers, show_default=True, help="First layers that attend densely."
@@ -68,11 +81,12 @@ dtype_option = click.option("--dtype", type=click.Choice(DTYPES), default="bfloa
 @click.option("--ignore-eos", is_flag=True, help="Do not stop at an end-of-text token.")
 @dtype_option
 def generate_command(
-    model, prompt_file, max_new_tokens, top_p, dense, dense_layers, chat, temperature, sample_top_k, sample_top_p, seed,
-    ignore_eos, dtype,
+    model, prompt_file, max_new_tokens, top_p, selection, failure_rate, tail, dense, dense_layers, chat, temperature,
+    sample_top_k, sample_top_p, seed, ignore_eos, dtype,
 ) -> None:  # fmt: skip
     """Continue a text. The text goes to standard output, everything else to standard error."""
-    config = None if dense else RaBitQConfig(top_p=top_p, dense_layers=dense_layers)
+    choices = dict(top_p=top_p, selection=selection, failure_rate=failure_rate, tail=tail, dense_layers=dense_layers)
+    config = None if dense else RaBitQConfig(**choices)
     sampling = Sampling(temperature=temperature, top_k=sample_top_k, top_p=sample_top_p)
     decoder, tokenizer = load_pretrained(model, dtype=jnp.dtype(dtype))
     prompt = encode_prompt(tokenizer, prompt_file.read(), chat=chat)
@@ -108,16 +122,20 @@ class Printer:
 
 
 def summarize(out: Generation, prompt_tokens: int) -> str:
-    """The closing line: tokens, rates, and how much of the cache was attended and read."""
+    """The closing line: tokens, rates, how much of the cache was attended and read, and what was verified of it."""
     new_tokens, stats = int(out.lengths[0]), out.stats
     layers, kv_heads = stats.kept.shape[2:]
     kept = stats.kept.sum() / (stats.length.sum() * layers * kv_heads)
     read = stats.bytes_read.sum() / stats.bytes_dense.sum()
+    verified = ""
+    if stats.verified is not None and stats.certified is not None:
+        captured, certified = (x[0, :new_tokens].mean() for x in (stats.verified, stats.certified))
+        verified = f", verified {captured:.2%} of the attention, p certified in {certified:.2%} of head-steps"
     prefill_rate, decode_rate = prompt_tokens / out.prefill_seconds, new_tokens / out.decode_seconds
     return (
         f"{prompt_tokens:,} prompt tokens, {new_tokens:,} new | prefill {prefill_rate:,.0f} tokens/s, "
         f"decode {decode_rate:,.1f} tokens/s (compiling, {out.compile_seconds:.1f} s, apart) | "
-        f"kept {kept:.1%} of tokens, read {read:.1%} of dense attention's bytes"
+        f"kept {kept:.1%} of tokens, read {read:.1%} of dense attention's bytes{verified}"
     )
 
 

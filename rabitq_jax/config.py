@@ -6,6 +6,8 @@ import typing
 from typing import Literal
 
 TopPScope = Literal["all", "scored"]
+SelectionRule = Literal["plain", "debiased", "certified"]
+Tail = Literal["drop", "mean"]
 RotationKind = Literal["haar", "hadamard", "none"]
 KeyCentroid = Literal["block", "prompt", "none"]
 QueryCentroid = Literal["none", "prompt"]
@@ -23,6 +25,14 @@ class RaBitQConfig:
       top_p: share of the attention mass to keep, in (0, 1]. 1 keeps every token and equals dense attention.
       top_p_scope: what the share is a share of. "all": scored and exact tokens together; "scored": the scored tokens
         alone, as in the paper's accuracy code.
+      selection: how p is held (docs/theory.md). "plain": p of the estimated attention, as in the paper; noise makes the
+        true share smaller. "debiased": p of the true attention on average. "certified": p of the true attention in each
+        query head and step, but for a share `failure_rate` of them, at the price of more tokens. The last two also
+        verify what was captured, and report it.
+      failure_rate: of "certified", in (0, 0.5); and of the lower bound on the captured share that is reported.
+      tail: what stands for the attention that is left out. "drop": nothing, the kept weights are scaled up; "mean": the
+        mean value of the scored tokens, with the mass that was verified to be missing. It needs a selection that
+        verifies.
       sink: number of first tokens that are always attended.
       recent: smallest number of last tokens that are always attended, and not yet quantized.
       interval: tokens quantized in one go when the unquantized tail reaches `recent + interval`; also the length of the
@@ -37,14 +47,18 @@ class RaBitQConfig:
         number a token).
       query_rounding: "random" (unbiased, needs a PRNG key in every decode step) or "nearest".
       scores, select, attend, quantize: implementation of each stage; None is the kernel on a GPU, XLA elsewhere.
-        select "mosaic" makes the scores too, so that `scores` must be None; it needs a Hopper GPU and JAX 0.11.
+        select "mosaic" makes the scores too, so that `scores` must be None; it needs a Hopper GPU, JAX 0.11 and
+        selection "plain".
 
     Raises:
-      ValueError: a value is outside its range.
+      ValueError: a value is outside its range, or two contradict each other.
     """
 
     top_p: float = 0.95
     top_p_scope: TopPScope = "all"
+    selection: SelectionRule = "plain"
+    failure_rate: float = 1e-3
+    tail: Tail = "drop"
     sink: int = 16
     recent: int = 64
     interval: int = 128
@@ -62,12 +76,15 @@ class RaBitQConfig:
     def __post_init__(self):
         if not isinstance(self.top_p, numbers.Real) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        if not isinstance(self.failure_rate, numbers.Real) or not 0 < self.failure_rate < 0.5:
+            raise ValueError(f"failure_rate must be in (0, 0.5), got {self.failure_rate!r}")
         for name, lowest in (("sink", 0), ("recent", 1), ("interval", 1), ("dense_layers", 0), ("rotation_seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
         hints = typing.get_type_hints(type(self))
-        for name in ("top_p_scope", "rotation", "key_centroid", "query_centroid", "query_rounding"):
+        rules = ("top_p_scope", "selection", "tail")
+        for name in (*rules, "rotation", "key_centroid", "query_centroid", "query_rounding"):
             _check_choice(name, getattr(self, name), typing.get_args(hints[name]))
         for name in ("scores", "select", "attend", "quantize"):
             literal = typing.get_args(hints[name])[0]
@@ -75,6 +92,12 @@ class RaBitQConfig:
 
         if self.select == "mosaic" and self.scores is not None:
             raise ValueError(f"select 'mosaic' makes the scores itself: scores must be None, got {self.scores!r}")
+        if self.selection == "plain" and self.tail == "mean":
+            raise ValueError("selection must be 'debiased' or 'certified' for tail 'mean', got 'plain'")
+        if self.selection != "plain" and self.rotation == "none":
+            raise ValueError(f"rotation must be random for selection {self.selection!r}, got 'none'")
+        if self.selection == "certified" and self.top_p_scope != "all":
+            raise ValueError(f"top_p_scope must be 'all' for selection 'certified', got {self.top_p_scope!r}")
 
     @property
     def window(self) -> int:

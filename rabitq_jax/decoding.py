@@ -12,6 +12,9 @@ from rabitq_jax.cache import Cache
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.sampling import Sampling, sample
 
+# What becomes of a layer's query heads in the stats of a step.
+VERIFIED = {"verified": jnp.mean, "bound": jnp.min, "extended": jnp.mean, "certified": jnp.mean}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,13 @@ class StepStats:
       kept: int32 [B,N,L,K], tokens attended by each kv head.
       mass: float32 [B,N,L], share of the estimated attention mass in the kept tokens, mean over query heads.
       bytes_read, bytes_dense: float32 [B,N,L], bytes of the cache that the step reads, and that dense attention would.
+      verified: float32 [B,N,L], share of all attention in the tokens attended, as exact attention to them shows it,
+        mean over query heads.
+      bound: float32 [B,N,L], what that share is at least, but with probability config.failure_rate: the least of the
+        layer's query heads.
+      extended, certified: float32 [B,N,L], shares of the query heads that had a second round, and whose bound is p or
+        more.
+      The last four are None where the configuration's selection is "plain", or there is none.
     """
 
     length: jax.Array
@@ -30,6 +40,10 @@ class StepStats:
     mass: jax.Array
     bytes_read: jax.Array
     bytes_dense: jax.Array
+    verified: jax.Array | None = None
+    bound: jax.Array | None = None
+    extended: jax.Array | None = None
+    certified: jax.Array | None = None
 
     @property
     def kept_fraction(self):
@@ -133,15 +147,24 @@ def prefill_chunk(
     return dataclasses.replace(cache, layers=layers), hidden
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "sampling", "num_steps"), donate_argnames=("cache",))
+@functools.partial(
+    jax.jit, static_argnames=("definition", "sampling", "num_steps", "verified"), donate_argnames=("cache",)
+)
 def start_decoding(
-    definition: ModelDefinition, params, cache: Cache, hidden, key, *, sampling: Sampling, num_steps: int
-) -> DecodeState:
-    """Sample the first token of every sequence from the prompt's last hidden state."""
+    definition: ModelDefinition, params, cache: Cache, hidden, key, *, sampling: Sampling, num_steps: int,
+    verified: bool = False,
+) -> DecodeState:  # fmt: skip
+    """Sample the first token of every sequence from the prompt's last hidden state.
+
+    Args:
+      num_steps: N, decode steps that there is room for.
+      verified: the steps are taken under a configuration that verifies what they capture.
+    """
     logits = definition.merge(params).logits(hidden)
     token = sample(logits, sampling, _step_keys(key, 0)[0])
     batch, kv_heads = cache.layers[0].keys.shape[:2]
     shape = (batch, num_steps, len(cache.layers))
+    verified_stats = {name: jnp.zeros(shape, jnp.float32) for name in VERIFIED} if verified else {}
     return DecodeState(
         cache=cache,
         token=token,
@@ -156,6 +179,7 @@ def start_decoding(
             mass=jnp.zeros(shape, jnp.float32),
             bytes_read=jnp.zeros(shape, jnp.float32),
             bytes_dense=jnp.zeros(shape, jnp.float32),
+            **verified_stats,
         ),
     )
 
@@ -229,12 +253,19 @@ def _decode_step(model, state: DecodeState, key, config, sampling, eos_token_ids
 
 def _record(stats: StepStats, step, layer_stats, active) -> StepStats:
     """Write one step's stats of all layers into column `step`, for the active sequences."""
+    verified_stats = {}
+    if stats.verified is not None:
+        verified_stats = {
+            name: jnp.stack([reduce(getattr(s, name), axis=-1) for s in layer_stats], axis=1)
+            for name, reduce in VERIFIED.items()
+        }
     now = StepStats(
         length=layer_stats[0].length,
         kept=jnp.stack([s.kept for s in layer_stats], axis=1),
         mass=jnp.stack([jnp.mean(s.mass, axis=-1) for s in layer_stats], axis=1),
         bytes_read=jnp.stack([s.bytes_read for s in layer_stats], axis=1),
         bytes_dense=jnp.stack([s.bytes_dense for s in layer_stats], axis=1),
+        **verified_stats,
     )
 
     def write(history, new):

@@ -154,7 +154,10 @@ def generate(
     prefill_watch, decode_watch = Stopwatch(), Stopwatch()
     with prefill_watch:
         cache, hidden = feed_prompts(definition, params, cache, hidden, prompts, held, config=config, progress=progress)
-        state = start_decoding(definition, params, cache, hidden, key, sampling=sampling, num_steps=num_steps)
+        state = start_decoding(
+            definition, params, cache, hidden, key,
+            sampling=sampling, num_steps=num_steps, verified=config is not None and config.selection != "plain",
+        )  # fmt: skip
         jax.block_until_ready(state.token)
     with decode_watch:
         if on_token is None:

@@ -18,7 +18,7 @@ from rabitq_jax.top_p import Selection, select_top_p
 def choose_tokens(
     query: jax.Array, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key: jax.Array | None
 ) -> Selection:
-    """Estimate the logits of all tokens that have codes, and choose by Top-p.
+    """Estimate the logits of all tokens that have codes, and choose by plain Top-p.
 
     Args:
       query: [B,K,G,D].
@@ -42,15 +42,7 @@ def choose_tokens(
     takes = mosaic_top_p.takes(cache.codes.bits, cache.codes.key_centroids)
     if config.select == "mosaic" or (unnamed and on_hopper() and takes):
         return _choose_mosaic(query, cache, config, softmax_scale, prng_key)
-    quantized = key_codes.quantize_query(
-        query, cache.codes.rotation, cache.codes.query_centroid, rounding=config.query_rounding, key=prng_key
-    )
-    exact_lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
-    if config.top_p_scope == "all":
-        exact_lse = exact_logsumexp(
-            query, cache.keys, cache.quantized, cache.length,
-            sink=config.sink, window=config.window, softmax_scale=softmax_scale, implementation=config.attend,
-        )  # fmt: skip
+    quantized, exact_lse = quantize_and_sum(query, cache, config, softmax_scale, prng_key)
     with jax.named_scope("proxy_scores"):
         scores = proxy_scores(
             query, quantized, cache.codes, cache.quantized, softmax_scale=softmax_scale, implementation=config.scores
@@ -60,6 +52,26 @@ def choose_tokens(
             scores, exact_lse, cache.quantized, cache.length,
             sink=config.sink, top_p=config.top_p, implementation=config.select,
         )  # fmt: skip
+
+
+def quantize_and_sum(
+    query: jax.Array, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key: jax.Array | None
+) -> tuple[key_codes.Int4Query, jax.Array]:
+    """The queries in INT4, and the log-sum-exp of the exact tokens, float32 [B,K,G]: -inf for p over the scored tokens.
+
+    Arguments are those of `choose_tokens`.
+    """
+    assert cache.codes is not None
+    quantized = key_codes.quantize_query(
+        query, cache.codes.rotation, cache.codes.query_centroid, rounding=config.query_rounding, key=prng_key
+    )
+    exact_lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
+    if config.top_p_scope == "all":
+        exact_lse = exact_logsumexp(
+            query, cache.keys, cache.quantized, cache.length,
+            sink=config.sink, window=config.window, softmax_scale=softmax_scale, implementation=config.attend,
+        )  # fmt: skip
+    return quantized, exact_lse
 
 
 def _choose_mosaic(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key) -> Selection:

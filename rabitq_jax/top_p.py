@@ -37,7 +37,6 @@ def select_reference(scores, exact_lse, quantized, length, *, sink: int, top_p: 
     """`select_top_p` by a sort of all scores: its definition."""
     position = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     is_scored = (position >= sink) & (position < quantized[:, None])  # [B,T]
-    is_exact = (position < length[:, None]) & ~is_scored
 
     # NaN goes first, so that it is kept and shows in the output.
     z = jnp.where(jnp.isnan(scores), jnp.inf, scores)
@@ -58,14 +57,33 @@ def select_reference(scores, exact_lse, quantized, length, *, sink: int, top_p: 
     room = n_keep - jnp.sum(above, axis=-1, keepdims=True)
     keep = (above | (tied & (jnp.cumsum(tied, axis=-1) <= room))) & is_scored[:, None, None, :]
 
-    attended = jnp.any(keep, axis=2) | is_exact[:, None, :]
+    indices, counts = list_tokens(keep, is_scored, length)
     kept_mass = exact_mass[..., 0] + jnp.sum(jnp.where(keep_ordered, mass, 0), axis=-1)
     return Selection(
-        indices=jnp.sort(jnp.where(attended, position, scores.shape[-1]), axis=-1),
-        counts=jnp.sum(attended, axis=-1, dtype=jnp.int32),
+        indices=indices,
+        counts=counts,
         scored=n_keep[..., 0],
         mass=jnp.where(total[..., 0] == 0, 1.0, kept_mass / total[..., 0]),
     )
+
+
+def list_tokens(keep, is_scored, length):
+    """The tokens that kv heads attend: what any of their query heads keeps, and those that are not scored.
+
+    Args:
+      keep: bool [B,K,G,T].
+      is_scored: bool [B,T].
+      length: int32 [B].
+
+    Returns:
+      Selection's indices and counts.
+    """
+    tokens = keep.shape[-1]
+    position = jnp.arange(tokens, dtype=jnp.int32)
+    is_exact = (position < length[:, None]) & ~is_scored
+    attended = jnp.any(keep, axis=2) | is_exact[:, None, :]
+    indices = jnp.sort(jnp.where(attended, position, tokens), axis=-1)
+    return indices, jnp.sum(attended, axis=-1, dtype=jnp.int32)
 
 
 def _sort_descending(x):

@@ -12,6 +12,8 @@ from click.testing import CliRunner
 
 from benchmarks import (
     byte_counts,
+    certificate,
+    certificate_report,
     decode_attention,
     decode_step,
     gathered_attention,
@@ -242,6 +244,48 @@ def test_an_operation_is_measured(name, results, monkeypatch):
     assert row["dense"]["xla"]["bytes"] == 2 * 64 * 2 * (832 + 640)
     about, table = speed_report.operation([row], name)
     assert name in about and len(table) == 3
+
+
+def test_certified_selection_is_measured_apart(results, monkeypatch):
+    monkeypatch.setitem(SUITES, "small", (CASE,))
+    run(decode_attention.main, "--selection", "certified", "--top-p", "0.8")
+    (row,) = rows_of(results, "decode_attention_certified")
+    assert row["selection"] == "certified" and row["overshoot"] == 0 and row["least_true_mass"] > 0.8
+    with pytest.raises(AssertionError):
+        run(scores.main, "--selection", "certified")
+
+
+class TestCertificate:
+    """What is made of the head-steps that the benchmark of the certificate measures."""
+
+    def test_a_row_has_means_and_what_fell_short(self):
+        steps = {"captured": np.array([0.7, 0.8, 0.9, 1.0]), "kept": np.array([0.1, 0.2, 0.3, 0.4])}
+        row = certificate.summarize(steps, 0.85)
+        assert row["head_steps"] == 4 and row["short"] == 0.5 and row["least"] == 0.7
+        assert row["captured"] == pytest.approx(0.85) and row["kept"] == pytest.approx(0.25)
+
+    def test_plain_selection_has_no_tail(self):
+        ways = certificate.choices((0.5, 0.9), 1e-3, ("drop", "mean"))
+        assert len(ways) == 2 + 4 + 4
+        assert all(RaBitQConfig(**way).tail == way["tail"] for way in ways)
+
+    def test_tables_and_picture(self, tmp_path):
+        ways = certificate.choices((0.5, 0.95), 1e-3, ("drop", "mean"))
+        base = {"captured": 0.97, "short": 0.0005, "kept": 0.2, "verified": 0.96, "bytes_read": 0.3, "head_steps": 1000}
+        rows = [
+            {"heads": heads, **way, **base, "divergence": 0.01 if way["tail"] == "drop" else 0.002}
+            for way in ways
+            for heads in ("model", "needle")
+        ]
+        content = {"rows": rows, "kinds": {"needle": "one token"}}
+        table = certificate_report.table(content).split("\n")
+        assert len(table) == 2 + 6
+        assert "| certified | 0.95 | 0.970 | 0.050% | 0.960 | 20.0% | 30.0% | 0.0100 | 0.0020 |" in table
+        hard = certificate_report.hard_table(content, 0.95).split("\n")
+        assert hard[2] == "| needle | 1,000 |" + " 0.050% | 20.0% |" * 3
+        plots = pytest.importorskip("benchmarks.quality.plots")
+        plots.save(certificate_report.draw(content), tmp_path / "certificate.png")
+        assert (tmp_path / "certificate.png").stat().st_size > 1000
 
 
 def test_a_wrong_kernel_is_not_timed(results, monkeypatch):

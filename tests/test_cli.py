@@ -46,6 +46,16 @@ def test_generate_streams_text_and_ends_with_one_line(folder, prompt_file):
     assert 25 < float(match[1]) < 100 and 25 < float(match[2]) < 100
 
 
+def test_certified_decoding_says_what_it_verified(folder, prompt_file):
+    options = ("--dense-layers", "1", "--top-p", "0.5", "--selection", "certified", "--failure-rate", "0.01")
+    run = generate(folder, prompt_file, *options, "--tail", "mean")
+    match = re.search(
+        r", verified ([\d.]+)% of the attention, p certified in ([\d.]+)% of head-steps$", run.stderr.strip()
+    )
+    assert match, run.stderr
+    assert 50 < float(match[1]) <= 100 and 50 < float(match[2]) <= 100
+
+
 def test_dense_and_p_one_print_the_same_text(folder, prompt_file):
     dense, exact = generate(folder, prompt_file, "--dense"), generate(folder, prompt_file, "--top-p", "1")
     assert dense.stdout == exact.stdout
@@ -71,6 +81,8 @@ def test_inspect_shows_model_cache_and_codes(folder):
     [
         (["--model", "no/such/folder"], "does not exist"),
         (["--top-p", "1.5"], "top_p must be in (0, 1], got 1.5"),
+        (["--failure-rate", "0.7"], "failure_rate must be in (0, 0.5), got 0.7"),
+        (["--tail", "mean"], "selection must be 'debiased' or 'certified' for tail 'mean', got 'plain'"),
         (["--temperature", "-1"], "temperature must be"),
         (["--chat"], "no chat template"),
     ],

@@ -9,7 +9,10 @@ BAD_VALUES = [
     *[("sink", value) for value in (-1, 1.5, "4", None, True)],
     *[(name, value) for name in ("recent", "interval") for value in (0, -64, 2.0, True)],
     *[(name, value) for name in ("dense_layers", "rotation_seed") for value in (-1, 0.5, None)],
+    *[("failure_rate", value) for value in (0, 0.5, -1e-3, float("nan"), "1e-3", None)],
     ("top_p_scope", "some"),
+    ("selection", "sorted"),
+    ("tail", "median"),
     ("rotation", "random"),
     ("key_centroid", "mean"),
     ("query_centroid", "block"),
@@ -36,12 +39,28 @@ def test_bad_value_is_named_with_what_came(name, value):
         dict(top_p=1e-6),
         dict(sink=0, recent=1, interval=1, dense_layers=0),
         dict(rotation="hadamard", key_centroid="prompt", query_centroid="prompt", query_rounding="nearest"),
+        dict(selection="certified", failure_rate=0.01, tail="mean"),
+        dict(selection="debiased", top_p_scope="scored", rotation="hadamard"),
         dict(scores="int4", select="pallas", attend="xla", quantize="pallas", top_p_scope="scored"),
     ],
 )
 def test_good_values_are_kept(choices):
     config = RaBitQConfig(**choices)
     assert {name: getattr(config, name) for name in choices} == choices
+
+
+@pytest.mark.parametrize(
+    "choices,message",
+    [
+        (dict(select="mosaic", scores="popcount"), "scores must be None, got 'popcount'"),
+        (dict(tail="mean"), "selection must be 'debiased' or 'certified' for tail 'mean', got 'plain'"),
+        (dict(selection="debiased", rotation="none"), "rotation must be random for selection 'debiased', got 'none'"),
+        (dict(selection="certified", top_p_scope="scored"), "top_p_scope must be 'all' for selection 'certified', got"),
+    ],
+)
+def test_values_that_contradict_each_other(choices, message):
+    with pytest.raises(ValueError, match=message):
+        RaBitQConfig(**choices)
 
 
 def test_equal_configurations_are_one_key():

@@ -67,8 +67,9 @@ def test_greedy_tokens_equal_those_of_whole_forward_passes(model, config):
 
 
 @pytest.mark.kernel
-def test_kernels_give_the_tokens_of_dense_attention(model):
-    exact = dataclasses.replace(EXACT, **KERNELS)
+@pytest.mark.parametrize("selection", ["plain", "certified"])
+def test_kernels_give_the_tokens_of_dense_attention(model, selection):
+    exact = dataclasses.replace(EXACT, selection=selection, **KERNELS)
     out = generate(model, prompt(120), exact, max_new_tokens=16, key=KEY)
     np.testing.assert_array_equal(out.tokens, generate(model, prompt(120), None, max_new_tokens=16, key=KEY).tokens)
     assert out.finite[0]
@@ -95,6 +96,25 @@ def test_stats_of_sparse_decoding(model):
     assert np.all((stats.kept_fraction > 0) & (stats.kept_fraction < 1))
     assert np.all(stats.bytes_read_fraction < 1)
     np.testing.assert_allclose(stats.bytes_dense, stats.length[..., None] * np.full(2, 2 * 2 * 20 * 4.0))
+
+
+def test_stats_of_certified_decoding(model):
+    config = dataclasses.replace(CONFIG, selection="certified", failure_rate=1e-2, tail="mean")
+    prompts = [prompt(300, 4), prompt(280, 5)]
+    out = generate(model, prompts, config, max_new_tokens=12, key=KEY)
+    stats = out.stats
+    assert stats.verified.shape == stats.bound.shape == stats.extended.shape == stats.certified.shape == (2, 12, 2)
+    # The first layer is dense.
+    assert np.all(stats.verified[..., 0] == 1) and np.all(stats.bound[..., 0] == 1)
+    assert np.all(stats.extended[..., 0] == 0) and np.all(stats.certified[..., 0] == 1)
+    sparse = stats.kept[:, :, 1:]
+    assert np.all(sparse <= stats.length[..., None, None]) and np.any(sparse < stats.length[..., None, None])
+    assert np.all(stats.verified[..., 1] > config.top_p) and np.all(stats.bound <= stats.verified + 1e-6)
+    assert np.mean(stats.certified) > 0.9
+    assert out.cache.layers[0].scored_values is None and out.cache.layers[1].scored_values.shape == (2, 2, 20)
+    with pytest.raises(ValueError, match="another config or model"):
+        generate(model, prompts, CONFIG, max_new_tokens=1, key=KEY, cache=out.cache)
+    assert generate(model, prompts, CONFIG, max_new_tokens=1, key=KEY).stats.verified is None
 
 
 @pytest.mark.parametrize("config", [None, CONFIG], ids=["dense", "sparse"])

@@ -9,7 +9,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from benchmarks.shapes import Shape
 from pallas_kernels import _pallas
-from rabitq_jax import codes, gathered_attention, scores, top_p
+from rabitq_jax import attention, codes, gathered_attention, scores, top_p
 from rabitq_jax.cache import init_layer_cache
 from rabitq_jax.config import RaBitQConfig
 from tests.kernel_cases import score_inputs
@@ -64,6 +64,26 @@ def test_gathered_attention_lowers(shape, dtype, monkeypatch):
     query = array(*rows, shape.group, shape.head_dim, dtype=dtype)
     text = kernel_text(monkeypatch, attend, query, kv, kv, indices, counts)
     assert "gathered_attention" in text and "combine_splits" in text
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_certified_attention_lowers(shape, monkeypatch):
+    config = RaBitQConfig(
+        selection="certified", tail="mean", interval=INTERVAL, query_rounding="nearest", scores="popcount",
+        select="pallas", attend="pallas",
+    )  # fmt: skip
+    sizes = (shape.batch, shape.tokens, shape.kv_heads, shape.head_dim)
+    cache = jax.eval_shape(functools.partial(init_layer_cache, *sizes, config))
+    query = array(shape.batch, shape.kv_heads, shape.group, shape.head_dim, dtype=jnp.bfloat16)
+
+    def step(query, cache):
+        out, _, stats = attention.attend_selected(query, cache, config, 0.1, None)
+        return out, stats
+
+    text = kernel_text(monkeypatch, step, query, cache)
+    kernels = ("masses_below", "top_p_mark", "top_p_write", "gathered_attention", "found_tokens")
+    assert all(kernel in text for kernel in kernels)
+    assert "top_p_histogram" not in text
 
 
 @pytest.mark.parametrize("key_centroid,query_centroid", [("block", "none"), ("prompt", "prompt")])

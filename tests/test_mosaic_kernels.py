@@ -272,7 +272,8 @@ def kept_bins(places, counts, above, base, peak, exact_lse, top_p):
     "shape", [Shape(2, 2, 5, 10240, 128), Shape(3, 1, 1, 1536, 128), Shape(1, 1, 1, 81920, 128)], ids=str
 )
 def test_compact_in_an_emulator(shape, top_p, monkeypatch):
-    """Several blocks, more than a warp counts at a time; every bin; exact tokens that hold nothing, much and all; rows with none and one."""
+    """Several blocks, more than a warp counts at a time; every bin; rows with none and one scored token; exact tokens
+    that hold nothing, much and all."""
     emulate(monkeypatch)
     rng = np.random.default_rng(0)
     heads = (shape.batch, shape.kv_heads, shape.group)

@@ -172,8 +172,9 @@ def test_plain_text_is_cut_into_prompt_and_continuation(tokenizer):
 
 
 def test_settings_become_fields():
-    assert command.parse_settings(["sink=4", "rotation=hadamard", "dense_layers=0"]) == {
-        "sink": 4, "rotation": "hadamard", "dense_layers": 0,
+    settings = ["sink=4", "selection=certified", "failure_rate=1e-2", "dense_layers=0"]
+    assert command.parse_settings(settings) == {
+        "sink": 4, "selection": "certified", "failure_rate": 0.01, "dense_layers": 0,
     }  # fmt: skip
     for wrong in ("sink", "sinks=4"):
         with pytest.raises(ValueError, match=f"got '{wrong}'"):
@@ -233,8 +234,9 @@ def test_sweep_changes_one_choice():
     assert base.config == RaBitQConfig(top_p=0.9)
     for change in sweep.VARIANTS[1:]:
         case = sweep.Case(change=change, top_p=0.9)
-        assert len(change) == 1 and case.config != base.config
-        assert case.label == "=".join(map(str, *change.items()))
+        # The tail needs a selection that verifies.
+        assert len(change) == 1 + ("tail" in change) and case.config != base.config
+        assert case.label == ", ".join(f"{name}={value}" for name, value in change.items())
 
 
 def test_heat_map_takes_the_p_nearest_to_its_own(tmp_path):

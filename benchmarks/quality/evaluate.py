@@ -207,7 +207,8 @@ def compare(passes: Sequence[Pass], dense: Sequence[Pass]) -> dict:
     """Means over decode steps.
 
     The share of texts that greedy decoding reproduces whole; perplexity; divergence from dense (KL, in nats); what was
-    read; and, over the layers with codes, the attention mass claimed and captured and the error of the logits.
+    read; and, over the layers with codes, the attention mass claimed, captured and, where it was, verified, and the
+    error of the logits.
     """
     exact, nll, divergence = [], [], []
     sums = defaultdict(list)
@@ -218,10 +219,11 @@ def compare(passes: Sequence[Pass], dense: Sequence[Pass]) -> dict:
         nll.append(-np.take_along_axis(run.log_probs, run.targets[..., None], axis=-1)[..., 0][valid])
         divergence.append(np.sum(np.exp(base.log_probs) * (base.log_probs - run.log_probs), axis=-1)[valid])
         for name, values in vars(run.probes).items():
-            sums[name].append(values[valid])
+            if values is not None:
+                sums[name].append(values[valid])
     steps = {name: np.concatenate(values) for name, values in sums.items()}  # [steps, L, ...]
     coded = steps["error"].max(axis=(0, 2)) > 0
-    mean = lambda name: float(steps[name][:, coded].mean()) if coded.any() else None  # noqa: E731
+    mean = lambda name: float(steps[name][:, coded].mean()) if name in steps and coded.any() else None  # noqa: E731
     return {
         "steps": len(steps["kept"]),
         "exact": float(np.mean(exact)),
@@ -231,6 +233,7 @@ def compare(passes: Sequence[Pass], dense: Sequence[Pass]) -> dict:
         "bytes_read": float(steps["bytes_read"].sum() / steps["bytes_dense"].sum()),
         "claimed": mean("claimed"),
         "captured": mean("captured"),
+        "verified": mean("verified"),
         "error_nats": mean("error"),
         "captured_by_head": rounded(steps["captured"].mean(axis=0)),
         "claimed_by_head": rounded(steps["claimed"].mean(axis=0)),

@@ -29,8 +29,11 @@ def length_table(content: dict[str, Any], tokens: int) -> str:
     tasks = unique(row["task"] for row in rows)
     probes = {(probe["texts"], probe["top_p"]): probe for probe in content["probes"] if probe["tokens"] == tokens}
     head = ["decoding", *tasks, "tokens attended", "bytes read"]
+    # Results of before there was verification do not have it.
+    verifies = any(probe.get("verified") is not None for probe in probes.values())
     if probes:
-        head += ["mass claimed", "mass captured", "KL to dense, nats", "perplexity of text"]
+        verified = ["mass verified"] if verifies else []
+        head += ["mass claimed", *verified, "mass captured", "KL to dense, nats", "perplexity of text"]
     lines = [f"**Prompts of {tokens:,} tokens**", "", cells(head), cells(["---", *["---:"] * (len(head) - 1)])]
     for top_p in unique(row["top_p"] for row in rows):
         own = {row["task"]: row for row in rows if row["top_p"] == top_p}
@@ -40,7 +43,8 @@ def length_table(content: dict[str, Any], tokens: int) -> str:
         line += [f"{mean['kept']:.1%}", f"{mean['bytes_read']:.1%}"]
         if probes:
             answers, text = probes["answers", top_p], probes["text", top_p]
-            line += [share(answers["claimed"]), share(answers["captured"])]
+            masses = ("claimed", *["verified"] * verifies, "captured")
+            line += [share(answers.get(name)) for name in masses]
             line += [f"{answers['divergence']:.4f}", f"{text['perplexity']:.3f}"]
         lines.append(cells(line))
     return "\n".join(lines)

@@ -30,6 +30,10 @@ TOP_P = (0.8, 0.95, 0.99)
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {"top_p_scope": "scored"},
+    {"selection": "debiased"},
+    {"selection": "debiased", "tail": "mean"},
+    {"selection": "certified"},
+    {"selection": "certified", "tail": "mean"},
     {"sink": 0},
     {"sink": 4},
     {"sink": 64},

@@ -34,6 +34,7 @@ class LayerProbe:
       error: float32 [B,H], deviation of the estimated logits from the exact ones over scored tokens, in nats, without
         their common shift.
       bytes_read, bytes_dense: float32 [B].
+      verified, extended, certified: of `DecodeStats`, float32 [B,H]; None where the configuration verifies nothing.
     """
 
     kept: jax.Array
@@ -42,6 +43,9 @@ class LayerProbe:
     error: jax.Array
     bytes_read: jax.Array
     bytes_dense: jax.Array
+    verified: jax.Array | None = None
+    extended: jax.Array | None = None
+    certified: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,13 +130,16 @@ def _probe(query, key, value, cache: LayerCache, stats: attention.DecodeStats, c
         "bytes_read": stats.bytes_read,
         "bytes_dense": stats.bytes_dense,
     }
+    if config is not None and config.selection != "plain":
+        verification = {name: getattr(stats, name) for name in ("verified", "extended", "certified")}
+        shares |= {name: value.astype(jnp.float32) for name, value in verification.items()}
     if cache.codes is None:
         ones = jnp.ones((batch, heads), jnp.float32)
         return LayerProbe(**shares, captured=ones, error=0 * ones)
     grouped = query.reshape(batch, kv_heads, -1, head_dim)
     softmax_scale = head_dim**-0.5
     # The same arguments and key as in the step: the same tokens.
-    selection = attention.choose_tokens(grouped, cache, config, softmax_scale, prng_key)
+    _, selection, _ = attention.attend_selected(grouped, cache, config, softmax_scale, prng_key)
     exact = exact_logits(grouped, cache)
     captured = captured_mass(exact, selection.indices, selection.counts)
 

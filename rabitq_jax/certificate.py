@@ -1,0 +1,128 @@
+"""What exact attention over a selection says of the mass outside it (docs/theory.md, section 4).
+
+A scored token is found iff its noisy logit z reaches its own threshold t. Tokens that were not found count with their
+debiased weights. A token that was found has shown its true logit s, and stands for the tokens like it that were not:
+with tau = (t - s) / sd and H_j = Phi(tau - j sd) / Phi(-tau),
+
+    rest      =  sum over not found of e^(z - sd^2 / 2)  +  sum over found of e^s (H_0 - H_1)              (4)
+    variance  =  sum over found of e^(2 s) ((H_0 - H_1)^2 + H_0 - 2 H_1 + e^(sd^2) H_2)                    (5)
+
+is free of bias, and the mean square of the error, for independent normal errors. No assumption is made on how the true
+logits are spread.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import log_ndtr
+
+from rabitq_jax.thresholds import SHARED, HeadMass, Thresholds
+
+# Beyond so many deviations above its threshold, a token stands for none that was missed.
+FAR = 6.0
+# Tokens' worth of information that say: the errors found have nothing in common.
+PRIOR_TOKENS = 4.0
+# Logarithm of the largest mass, relative to the peak, that is told from an infinite one.
+LARGEST_LOG = 60.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """Sums over a query head's own scored tokens that were found; float32 [B,K,G] each.
+
+    Attributes:
+      missed: of e^s (H_0 - H_1), in units of e^peak.
+      variance: equation (5), in units of e^(2 peak).
+      information, score: of the shift that the found tokens' errors have in common, in standard deviations: the
+        likelihood's curvature and slope at no shift, of normal errors cut off at the threshold.
+    """
+
+    missed: jax.Array
+    variance: jax.Array
+    information: jax.Array
+    score: jax.Array
+
+
+def found_terms(true, noisy, sd, threshold, peak):
+    """A found token's terms of the sums in `Found`: missed, variance, information and score.
+
+    Args:
+      true, noisy: its true and its noisy scaled logit.
+      sd, threshold: its deviation, and its threshold on the noisy logit.
+      peak: of `HeadMass`.
+    """
+    tau = jnp.clip((threshold - true) / sd, -2 * FAR, 2 * FAR)
+    log_found = log_ndtr(-tau)
+    x = true - peak
+    log_h0, log_h1, log_h2 = (log_ndtr(tau - j * sd) - log_found for j in range(3))
+    missed = jnp.exp(x + log_h0) - jnp.exp(x + log_h1)
+    spread = jnp.exp(2 * x + log_h0) - 2 * jnp.exp(2 * x + log_h1) + jnp.exp(2 * x + sd**2 + log_h2)
+    near = tau > -FAR
+    # The slope and the curvature of log Phi(-tau), where it is not the tail of what is cut off.
+    hazard = jnp.exp(-(tau**2) / 2 - log_found) / math.sqrt(2 * math.pi)
+    sure = near & (tau < 0.5)
+    return (
+        jnp.where(near, missed, 0),
+        jnp.where(near, missed**2 + jnp.maximum(spread, 0), 0),
+        jnp.where(sure, 1 + tau * hazard - hazard**2, 0),
+        jnp.where(sure, (noisy - true) / sd - hazard, 0),
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What is known of each query head's captured mass; float32 [B,K,G] each.
+
+    Masses are in units of e^peak (`HeadMass`), shares of all attention.
+
+    Attributes:
+      attended: mass of the tokens that its kv head attends.
+      own: mass of the tokens that it selected itself, exact ones included.
+      rest: equation (4), the mass outside its own.
+      bulk: upper bound of it, but for a single token of great weight.
+      verified: share of the attended, estimated without bias but for that of a ratio.
+      bound: what the share is at least, with probability 1 - failure_rate.
+    """
+
+    attended: jax.Array
+    own: jax.Array
+    rest: jax.Array
+    bulk: jax.Array
+    verified: jax.Array
+    bound: jax.Array
+
+
+def certify(
+    found: Found, left_out, log_attended, log_own, complete, mass: HeadMass, thresholds: Thresholds
+) -> Certificate:
+    """The captured mass and its bound, O(1) a head.
+
+    The total is at most own + (upper bound of the rest), whatever the heads' errors have to do with each other; so
+    `attended` over it bounds the share of the union that the kv head attends.
+
+    Args:
+      left_out: float32 [B,K,G], weights of the head's scored tokens that it did not find, in units of e^peak.
+      log_attended, log_own: float32 [B,K,G], logarithms of these masses.
+      complete: bool [B,K,G], the head left nothing out.
+    """
+    k = thresholds.deviations
+    relative = lambda log_mass: jnp.exp(jnp.minimum(log_mass - mass.peak, LARGEST_LOG))  # noqa: E731
+    attended, own = relative(log_attended), relative(log_own)
+    rest = left_out + found.missed
+    shift = found.score / (found.information + PRIOR_TOKENS) * mass.mean_deviation
+    # Where the errors that are seen are low together, those that are not will be, too.
+    bulk = (1 + SHARED * k) * rest * jnp.exp(jnp.maximum(-shift, 0)) + k * jnp.sqrt(found.variance)
+    upper = jnp.maximum(bulk, rest + relative(thresholds.single))
+    outside = jnp.maximum(rest - jnp.maximum(attended - own, 0), 0)
+    return Certificate(
+        attended=attended,
+        own=own,
+        rest=rest,
+        bulk=bulk,
+        verified=jnp.where(complete, 1.0, attended / (attended + outside)),
+        bound=jnp.where(complete, 1.0, jnp.minimum(attended / (own + upper), 1.0)),
+    )

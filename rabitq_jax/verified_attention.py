@@ -1,0 +1,110 @@
+"""Exact attention over a list of tokens that, in the same pass, verifies what the list leaves out.
+
+The logits of the attended tokens are there anyway; beside the softmax they give the mass of the list and of each query
+head's own tokens, and the sums of certificate.py.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import found_tokens as found_tokens_kernel
+from pallas_kernels import gathered_attention as gathered_attention_kernel
+from rabitq_jax._dispatch import select
+from rabitq_jax.certificate import FAR, LARGEST_LOG, Found, found_terms
+from rabitq_jax.gathered_attention import Tiles, rescale
+from rabitq_jax.thresholds import (
+    LEAST_DEVIATION,
+    HeadMass,
+    NoisyLogits,
+    Thresholds,
+    deviation_of,
+    threshold_of,
+)
+
+
+def verified_attention_reference(
+    query, keys, values, indices, counts, noisy: NoisyLogits, mass: HeadMass, thresholds: Thresholds,
+    *, softmax_scale: float,
+):  # fmt: skip
+    """`verified_attention` in tiles of the index list: its definition."""
+    tiles = Tiles(query, keys, values, indices, counts, softmax_scale)
+    bulk, single, peak = (x[..., None] for x in (thresholds.bulk, thresholds.single, mass.peak))
+
+    def attend_tile(i, state):
+        (peak_so_far, total, out), own, found = state
+        valid, token, logits, value = tiles.load(i)
+        new_peak, weights, decay = rescale(peak_so_far, total, logits, valid)
+        total = total * decay + jnp.sum(weights, axis=-1)
+        out = out * decay[..., None] + jnp.einsum("bkgs,bksd->bkgd", weights, value, precision="highest")
+
+        # A token that another head of the group has selected is attended, but was not found by this one.
+        scores = jnp.take_along_axis(noisy.scores, token[:, :, None], axis=-1)
+        sd = deviation_of(noisy.noise[..., None], jnp.take_along_axis(noisy.scale, token, axis=-1)[:, :, None])
+        threshold = threshold_of(bulk, single, thresholds.deviations, sd)
+        is_scored = valid & ((token >= noisy.sink) & (token < noisy.quantized[:, None, None]))[:, :, None]
+        is_found = is_scored & ~((scores < threshold) & (scores > -jnp.inf))
+        is_own = is_found | (valid & ~is_scored)
+        own = own * decay + jnp.sum(jnp.where(is_own, weights, 0), axis=-1)
+        terms = found_terms(logits, scores, sd, threshold, peak)
+        found = [x + jnp.sum(jnp.where(is_found, term, 0), axis=-1) for x, term in zip(found, terms, strict=True)]
+        return (new_peak, total, out), own, found
+
+    zero = jnp.zeros(query.shape[:3], jnp.float32)
+    state = (tiles.start(), zero, [zero] * 4)
+    (peak_found, total, out), own, sums = jax.lax.fori_loop(0, tiles.count, attend_tile, state)
+    missed, variance, information, score = sums
+    found = Found(missed=missed, variance=variance, information=information, score=score)
+    out = jnp.where(counts[..., None, None] == 0, 0.0, out / total[..., None])
+    return out, peak_found + jnp.log(total), peak_found + jnp.log(own), found
+
+
+def _verified_attention_pallas(
+    query, keys, values, indices, counts, noisy: NoisyLogits, mass: HeadMass, thresholds: Thresholds,
+    *, softmax_scale: float,
+):  # fmt: skip
+    """One kernel attends and hands out the logits of the listed tokens; another sums over them."""
+    out, logits = gathered_attention_kernel.gathered_attention_and_logits(
+        query, keys, values, indices, counts, softmax_scale=softmax_scale
+    )
+    attended, own, missed, variance, information, score = found_tokens_kernel.found_tokens(
+        noisy.scores, noisy.noise, noisy.scale, noisy.quantized, thresholds.bulk, thresholds.single, mass.peak,
+        indices, counts, logits,
+        sink=noisy.sink, deviations=thresholds.deviations, least_deviation=LEAST_DEVIATION, far=FAR,
+        largest_log=LARGEST_LOG,
+    )  # fmt: skip
+    found = Found(missed=missed, variance=variance, information=information, score=score)
+    return out, mass.peak + jnp.log(attended), mass.peak + jnp.log(own), found
+
+
+IMPLEMENTATIONS = {"xla": verified_attention_reference, "pallas": _verified_attention_pallas}
+
+
+def verified_attention(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    indices: jax.Array,
+    counts: jax.Array,
+    noisy: NoisyLogits,
+    mass: HeadMass,
+    thresholds: Thresholds,
+    *,
+    softmax_scale: float,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, Found]:
+    """`gathered_attention`, and what the attended logits say of the others.
+
+    Args:
+      query, keys, values, indices, counts, softmax_scale: as in `gathered_attention`.
+      noisy, mass, thresholds: what chose the list.
+      implementation: "xla", "pallas" or None.
+
+    Returns:
+      The output, float32 [B,K,G,D]; the logarithms of the mass attended, and of the mass of each query head's own
+      tokens, float32 [B,K,G]; and the sums over these. Where the list is empty the output is zero, and the rest means
+      nothing.
+    """
+    attend = select(IMPLEMENTATIONS, implementation, gpu="pallas")
+    return attend(
+        query, keys, values, indices, counts, noisy, mass, thresholds, softmax_scale=softmax_scale
+    )  # fmt: skip
