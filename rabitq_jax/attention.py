@@ -14,46 +14,10 @@ from rabitq_jax import codes as key_codes
 from rabitq_jax.cache import Cache, LayerCache, append, init_codes, init_scored_values, layer_rotation_key
 from rabitq_jax.certified_attention import Verification, attend_certified
 from rabitq_jax.config import RaBitQConfig
+from rabitq_jax.decode_stats import DecodeStats, ReadSizes
 from rabitq_jax.dense_attention import decode_attention, prefill_attention
 from rabitq_jax.gathered_attention import gathered_attention
 from rabitq_jax.selection import choose_tokens, quantize_and_sum
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeStats:
-    """What one decode step of one layer attended and read.
-
-    Attributes:
-      length: int32 [B], tokens in the cache, the new one included.
-      kept: int32 [B,K], tokens attended by each kv head.
-      scored: int32 [B,H], quantized tokens that each query head asked for.
-      mass: float32 [B,H], share of the estimated mass in each query head's own tokens (of all tokens or of the scored
-        ones: config.top_p_scope). For selections other than "plain": what the debiased estimates claim of it.
-      bytes_read: float32 [B], bytes of the cache that the step reads.
-      bytes_dense: float32 [B], bytes that dense attention reads.
-      finite: bool [B], no NaN or infinity in the output.
-      verified: float32 [B,H], share of all attention in the tokens that the query head's kv head attends, as exact
-        attention to them shows it: estimated without bias.
-      bound: float32 [B,H], what that share is at least, with probability 1 - config.failure_rate.
-      extended: bool [B,H], query heads that had a second round, because the bound of the first was below p.
-      certified: bool [B,H], the bound is p or more. Where it is not, p may be held all the same: it is the claim that
-        fails, and no round follows.
-      The last four are None for config.selection "plain", which verifies nothing; 1, 1, False and True in a layer that
-      attends densely.
-    """
-
-    length: jax.Array
-    kept: jax.Array
-    scored: jax.Array
-    mass: jax.Array
-    bytes_read: jax.Array
-    bytes_dense: jax.Array
-    finite: jax.Array
-    verified: jax.Array | None = None
-    bound: jax.Array | None = None
-    extended: jax.Array | None = None
-    certified: jax.Array | None = None
 
 
 def decode(
@@ -90,7 +54,7 @@ def decode(
     cache = append(cache, key[:, None], value[:, None], new_tokens)
     if cache.codes is None:
         out = decode_attention(grouped, cache.keys, cache.values, cache.length, softmax_scale=softmax_scale)
-        stats = _dense_stats(cache, heads, out)
+        stats = _dense_stats(cache, heads)
     else:
         if config is None:
             raise ValueError("config is None, but the cache has codes: pass the RaBitQConfig it was made with")
@@ -125,12 +89,12 @@ def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scal
     batch = query.shape[0]
     stats = DecodeStats(
         length=cache.length,
+        quantized=cache.quantized,
         kept=selection.counts,
+        read=read,
         scored=selection.scored.reshape(batch, -1),
         mass=selection.mass.reshape(batch, -1),
-        bytes_read=_bytes_read(cache, read, config),
-        bytes_dense=_bytes_dense(cache),
-        finite=jnp.all(jnp.isfinite(out), axis=(1, 2, 3)),
+        sizes=_read_sizes(cache, config),
         **verified,
     )
     return out, selection, stats
@@ -146,44 +110,35 @@ def _verified_stats(verification: Verification, config: RaBitQConfig) -> dict[st
     }
 
 
-def _bytes_dense(cache: LayerCache):
-    """float32 [B]: keys and values of every token once."""
-    _, kv_heads, _, head_dim = cache.keys.shape
-    return cache.length.astype(jnp.float32) * (2 * kv_heads * head_dim * cache.keys.dtype.itemsize)
-
-
-def _bytes_read(cache: LayerCache, counts, config: RaBitQConfig):
-    """float32 [B]: codes and centroids of the quantized tokens; keys and values of the attended ones, int32 [B,K] in
-    all rounds together; for p over all tokens, the keys of sinks and window once more; and the tail's values."""
+def _read_sizes(cache: LayerCache, config: RaBitQConfig) -> ReadSizes:
     assert cache.codes is not None
-    _, kv_heads, _, head_dim = cache.keys.shape
-    row = head_dim * cache.keys.dtype.itemsize
-    quantized = cache.quantized.astype(jnp.float32)
-    centroids = jnp.ceil(quantized / cache.codes.tokens_per_centroid) * head_dim * 2
-    read = kv_heads * (quantized * cache.codes.bytes_per_token + centroids)
-    if config.top_p_scope == "all":
-        exact = cache.length - jnp.maximum(cache.quantized - config.sink, 0)
-        read = read + kv_heads * row * exact.astype(jnp.float32)
-    if cache.scored_values is not None:
-        read = read + kv_heads * head_dim * 4
-    return read + 2 * row * jnp.sum(counts, axis=1).astype(jnp.float32)
+    head_dim = cache.keys.shape[3]
+    return ReadSizes(
+        row=head_dim * cache.keys.dtype.itemsize,
+        code=cache.codes.bytes_per_token,
+        centroid=head_dim * cache.codes.key_centroids.dtype.itemsize,
+        tokens_per_centroid=cache.codes.tokens_per_centroid,
+        exact_keys_twice=config.top_p_scope == "all",
+        sink=config.sink,
+        tail=0 if cache.scored_values is None else head_dim * cache.scored_values.dtype.itemsize,
+    )
 
 
-def _dense_stats(cache: LayerCache, heads: int, out) -> DecodeStats:
-    batch, kv_heads = cache.keys.shape[:2]
-    ones = jnp.ones((batch, heads), jnp.float32)
+def _dense_stats(cache: LayerCache, heads: int) -> DecodeStats:
+    batch, kv_heads, _, head_dim = cache.keys.shape
+    ones, all_tokens = jnp.ones((batch, heads), jnp.float32), jnp.broadcast_to(cache.length[:, None], (batch, kv_heads))
     return DecodeStats(
         length=cache.length,
-        kept=jnp.broadcast_to(cache.length[:, None], (batch, kv_heads)),
+        quantized=cache.quantized,
+        kept=all_tokens,
+        read=all_tokens,
         scored=jnp.zeros((batch, heads), jnp.int32),
         mass=ones,
-        bytes_read=_bytes_dense(cache),
-        bytes_dense=_bytes_dense(cache),
-        finite=jnp.all(jnp.isfinite(out), axis=(1, 2, 3)),
         verified=ones,
         bound=ones,
         extended=ones < 1,
         certified=ones == 1,
+        sizes=ReadSizes(row=head_dim * cache.keys.dtype.itemsize),
     )
 
 

@@ -231,8 +231,6 @@ def _decode_step(model, state: DecodeState, key, config, sampling, eos_token_ids
     )
     logits = model.logits(hidden[:, 0])
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    for stats in layer_stats:
-        finite &= stats.finite
 
     finished = state.finished | jnp.isin(state.token, jnp.array(eos_token_ids, jnp.int32))
     token = sample(logits, sampling, _step_keys(key, state.step + 1)[0])
@@ -256,13 +254,13 @@ def _record(stats: StepStats, step, layer_stats, active) -> StepStats:
     verified_stats = {}
     if stats.verified is not None:
         verified_stats = {
-            name: jnp.stack([reduce(getattr(s, name), axis=-1) for s in layer_stats], axis=1)
+            name: reduce(jnp.stack([getattr(s, name) for s in layer_stats], axis=1), axis=-1)
             for name, reduce in VERIFIED.items()
         }
     now = StepStats(
         length=layer_stats[0].length,
         kept=jnp.stack([s.kept for s in layer_stats], axis=1),
-        mass=jnp.stack([jnp.mean(s.mass, axis=-1) for s in layer_stats], axis=1),
+        mass=jnp.mean(jnp.stack([s.mass for s in layer_stats], axis=1), axis=-1),
         bytes_read=jnp.stack([s.bytes_read for s in layer_stats], axis=1),
         bytes_dense=jnp.stack([s.bytes_dense for s in layer_stats], axis=1),
         **verified_stats,

@@ -83,7 +83,7 @@ def test_decode_at_p_one_is_dense_attention(key_centroid, query_centroid):
             np.testing.assert_allclose(out[n, b], expected, atol=1e-5)
         assert len(np.unique(quantized[:, b])) >= 6
     np.testing.assert_array_equal(stats.kept, np.broadcast_to(stats.length[..., None], stats.kept.shape))
-    assert np.all(stats.mass == 1) and np.all(stats.finite)
+    assert np.all(stats.mass == 1)
 
 
 def test_a_dense_layer_is_dense_attention():
@@ -251,7 +251,7 @@ def test_bytes_read(scope, query_centroid, bytes_per_code):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", ["query", "new key", "window key", "quantized key", "sink key"])
 @pytest.mark.parametrize("dense_layer", [False, True])
-def test_what_is_not_finite_is_reported(place, bad, dense_layer):
+def test_what_is_not_finite_shows_in_the_output(place, bad, dense_layer):
     config = None if dense_layer else RaBitQConfig(top_p=0.3, **SMALL)
     query, key, value = prompt()
     new_query, new_key, new_value = (x[:, 0] for x in prompt(seed=3, tokens=1))
@@ -262,8 +262,8 @@ def test_what_is_not_finite_is_reported(place, bad, dense_layer):
     else:
         key[1, {"window key": 50, "quantized key": 20, "sink key": 1}[place], 0, 3] = bad
     _, cache = prefill(query, key, value, empty_cache(config), config, new_tokens=PROMPT)
-    _, _, stats = decode(new_query, new_key, new_value, cache, config, prng_key=jax.random.key(0))
-    assert stats.finite.tolist() == [True, False, True]
+    out, _, _ = decode(new_query, new_key, new_value, cache, config, prng_key=jax.random.key(0))
+    assert np.isfinite(out).all(axis=(1, 2)).tolist() == [True, False, True]
 
 
 def test_one_compilation_and_no_copy_of_the_cache():

@@ -17,6 +17,7 @@ from benchmarks.exact import captured_mass, exact_logits, is_scored
 from rabitq_jax import Cache, RaBitQConfig, attention
 from rabitq_jax.cache import LayerCache, append
 from rabitq_jax.codes import quantize_query
+from rabitq_jax.decode_stats import DecodeStats
 from rabitq_jax.decoding import ModelDefinition
 from rabitq_jax.generation import Decoder
 from rabitq_jax.scores import proxy_scores
@@ -119,7 +120,7 @@ def _decode_known(definition: ModelDefinition, params, cache, inputs, key, *, co
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
 
 
-def _probe(query, key, value, cache: LayerCache, stats: attention.DecodeStats, config, prng_key) -> LayerProbe:
+def _probe(query, key, value, cache: LayerCache, stats: DecodeStats, config, prng_key) -> LayerProbe:
     """What `attention.decode` of these arguments, which gave `stats`, attended, against exact attention."""
     batch, heads, head_dim = query.shape
     kv_heads = key.shape[1]
