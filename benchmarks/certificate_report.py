@@ -29,8 +29,8 @@ def table(content: dict[str, Any]) -> str:
                 [
                     row["selection"], f"{row['top_p']:g}", f"{row['captured']:.3f}", share(row["short"]),
                     f"{row['verified']:.3f}" if "verified" in row else "", f"{row['kept']:.1%}",
-                    f"{row['bytes_read']:.1%}", f"{row['divergence']:.4f}",
-                    f"{with_tail['divergence']:.4f}" if with_tail else "",
+                    f"{row['bytes_read']:.1%}", f"{row['divergence']:.1e}",
+                    f"{with_tail['divergence']:.1e}" if with_tail else "",
                 ]
             )
         )  # fmt: skip
@@ -54,7 +54,9 @@ def hard_table(content: dict[str, Any], top_p: float) -> str:
 
 def share(value: float) -> str:
     """A share in percent, with more digits where it is small."""
-    return f"{value:.1%}" if value >= 0.01 or value == 0 else f"{value:.3%}"
+    if value == 0:
+        return "none"
+    return f"{value:.1%}" if value >= 0.01 else f"{value:.3%}"
 
 
 def draw(content: dict[str, Any]) -> plt.Figure:

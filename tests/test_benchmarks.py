@@ -280,7 +280,7 @@ class TestCertificate:
         content = {"rows": rows, "kinds": {"needle": "one token"}}
         table = certificate_report.table(content).split("\n")
         assert len(table) == 2 + 6
-        assert "| certified | 0.95 | 0.970 | 0.050% | 0.960 | 20.0% | 30.0% | 0.0100 | 0.0020 |" in table
+        assert "| certified | 0.95 | 0.970 | 0.050% | 0.960 | 20.0% | 30.0% | 1.0e-02 | 2.0e-03 |" in table
         hard = certificate_report.hard_table(content, 0.95).split("\n")
         assert hard[2] == "| needle | 1,000 |" + " 0.050% | 20.0% |" * 3
         plots = pytest.importorskip("benchmarks.quality.plots")
