@@ -18,7 +18,7 @@ def table(content: dict[str, Any]) -> str:
     """The model's lines, and under them one for each kind of hard heads at one p."""
     head = [
         "selection", "p", "mass captured", "head-steps below p", "mass verified", "tokens attended", "bytes read",
-        "KL to dense, nats", "with the tail's mean",
+        "KL to dense, nats", "error of the output", "with the tail's mean",
     ]  # fmt: skip
     lines = [cells(head), cells(["---", *["---:"] * (len(head) - 1)])]
     tails = {(row["selection"], row["top_p"]): row for row in rows_of(content, "model", "mean")}
@@ -30,7 +30,7 @@ def table(content: dict[str, Any]) -> str:
                     row["selection"], f"{row['top_p']:g}", f"{row['captured']:.3f}", share(row["short"]),
                     f"{row['verified']:.3f}" if "verified" in row else "", f"{row['kept']:.1%}",
                     f"{row['bytes_read']:.1%}", f"{row['divergence']:.1e}",
-                    f"{with_tail['divergence']:.1e}" if with_tail else "",
+                    f"{row['output_error']:.1%}", f"{with_tail['output_error']:.1%}" if with_tail else "",
                 ]
             )
         )  # fmt: skip
