@@ -27,6 +27,7 @@ from rabitq_jax import RaBitQConfig
 TOP_P = (0.5, 0.8, 0.9, 0.95, 0.99)
 SELECTIONS = ("plain", "debiased", "certified")
 HARD_TOKENS = 1024
+MEASURES = ("captured", "claimed", "verified", "extended", "certified", "kept", "output_error")
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -76,7 +77,7 @@ def measure_model(model: str, dtype: str, tasks, tokens: int, examples: int, top
     dense, *passes = probe(decoder, known, configs, key=jax.random.key(0), progress=True)
     rows = []
     for way, run in zip(ways, passes, strict=True):
-        found = {name: [] for name in ("captured", "claimed", "verified", "extended", "certified", "kept")}
+        found = {name: [] for name in MEASURES}
         for part in run:
             for name, values in found.items():
                 array = getattr(part.probes, name)

@@ -18,7 +18,7 @@ def table(content: dict[str, Any]) -> str:
     """The model's lines, and under them one for each kind of hard heads at one p."""
     head = [
         "selection", "p", "mass captured", "head-steps below p", "mass verified", "tokens attended", "bytes read",
-        "KL to dense, nats", "with the tail's mean",
+        "KL to dense, nats", "error of the output", "with the tail's mean",
     ]  # fmt: skip
     lines = [cells(head), cells(["---", *["---:"] * (len(head) - 1)])]
     tails = {(row["selection"], row["top_p"]): row for row in rows_of(content, "model", "mean")}
@@ -29,8 +29,8 @@ def table(content: dict[str, Any]) -> str:
                 [
                     row["selection"], f"{row['top_p']:g}", f"{row['captured']:.3f}", share(row["short"]),
                     f"{row['verified']:.3f}" if "verified" in row else "", f"{row['kept']:.1%}",
-                    f"{row['bytes_read']:.1%}", f"{row['divergence']:.4f}",
-                    f"{with_tail['divergence']:.4f}" if with_tail else "",
+                    f"{row['bytes_read']:.1%}", f"{row['divergence']:.1e}",
+                    f"{row['output_error']:.1%}", f"{with_tail['output_error']:.1%}" if with_tail else "",
                 ]
             )
         )  # fmt: skip
@@ -54,7 +54,9 @@ def hard_table(content: dict[str, Any], top_p: float) -> str:
 
 def share(value: float) -> str:
     """A share in percent, with more digits where it is small."""
-    return f"{value:.1%}" if value >= 0.01 or value == 0 else f"{value:.3%}"
+    if value == 0:
+        return "none"
+    return f"{value:.1%}" if value >= 0.01 else f"{value:.3%}"
 
 
 def draw(content: dict[str, Any]) -> plt.Figure:

@@ -198,7 +198,8 @@ def certificate(measured: dict[str, Any]) -> str:
         f"**The trained model** ({provenance(measured, 'certificate.json')}; every layer with codes; {problems} at "
         f"{measured['tokens']:,} tokens, {steps:,} head-steps a line, failure rate {measured['failure_rate']:g}). "
         "Captured is the share of the exact attention in the tokens that a kv head attends. A head-step is one query "
-        "head in one layer and decode step."
+        "head in one layer and decode step. The output's error is its distance to dense attention's, relative to that, "
+        "mean over head-steps."
     )
     hard = (
         f"**Heads that are hard to promise anything of**, at p = {p:g}, {measured['hard_tokens']:,} tokens each, and "

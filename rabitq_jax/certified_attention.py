@@ -80,6 +80,47 @@ def attend_certified(
     Raises:
       NotImplementedError: the implementation that was named cannot do it.
     """
+    noisy = _estimate(query, quantized_query, cache, config, softmax_scale)
+    with jax.named_scope("find_thresholds"):
+        mass = measure_masses(noisy, exact_lse)
+        choose = debiased_thresholds if config.selection == "debiased" else certified_thresholds
+        thresholds, below = choose(
+            noisy, mass, top_p=config.top_p, failure_rate=config.failure_rate, implementation=config.select
+        )
+
+    def attend(thresholds: Thresholds, rows=None) -> _Round:
+        return _attend_round(query, cache, noisy, mass, thresholds, rows, config, softmax_scale)
+
+    def extend(first: _Round):
+        known = first.certificate
+        lower = extended_thresholds(
+            noisy, mass, thresholds, below, known.rest, known.bulk, known.attended, known.own, short,
+            top_p=config.top_p, implementation=config.select,
+        )  # fmt: skip
+        rows = jnp.any(short, axis=-1)
+        second = attend(lower, rows)
+        pick = lambda new, old: jnp.where(rows.reshape(*rows.shape, *(1,) * (new.ndim - 2)), new, old)  # noqa: E731
+        return jax.tree.map(pick, second, first), first.kept.counts + second.kept.counts
+
+    last = attend(thresholds)
+    short, read = jnp.zeros(query.shape[:3], bool), last.kept.counts
+    if config.selection == "certified" and config.top_p < 1:
+        short = last.certificate.bound < config.top_p
+        with jax.named_scope("extend"):
+            last, read = jax.lax.cond(jnp.any(short), extend, lambda first: (first, first.kept.counts), last)
+    verified, bound = last.certificate.verified, last.certificate.bound
+    out = _add_tail(last.out, verified, cache, config) if config.tail == "mean" else last.out
+    selection = Selection(
+        indices=last.kept.indices,
+        counts=last.kept.counts,
+        scored=last.kept.scored,
+        mass=1 - below / jnp.where(mass.total == 0, 1.0, mass.total),
+    )
+    return out, selection, Verification(verified=verified, bound=bound, extended=short, read=read)
+
+
+def _estimate(query, quantized_query: Int4Query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float):
+    """NoisyLogits of the cache's tokens."""
     if config.select == "mosaic":
         raise NotImplementedError(f"select 'mosaic' keeps no scores, which selection {config.selection!r} needs")
     assert cache.codes is not None
@@ -89,52 +130,7 @@ def attend_certified(
             softmax_scale=softmax_scale, implementation=config.scores,
         )  # fmt: skip
     noise = noise_gain(query, quantized_query, cache.codes, softmax_scale=softmax_scale, rounding=config.query_rounding)
-    noisy = NoisyLogits(
-        scores=scores, noise=noise, scale=cache.codes.scale, quantized=cache.quantized, sink=config.sink
-    )
-    with jax.named_scope("find_thresholds"):
-        mass = measure_masses(noisy, exact_lse)
-        choose = debiased_thresholds if config.selection == "debiased" else certified_thresholds
-        thresholds, below = choose(
-            noisy, mass, top_p=config.top_p, failure_rate=config.failure_rate, implementation=config.select
-        )
-
-    def attend(thresholds: Thresholds, rows) -> _Round:
-        return _attend_round(query, cache, noisy, mass, thresholds, rows, config, softmax_scale)
-
-    first = attend(thresholds, None)
-    certificate = first.certificate
-    short = (certificate.bound < config.top_p) & (config.selection == "certified")
-
-    def extend(first: _Round):
-        lower = extended_thresholds(
-            noisy, mass, thresholds, below, certificate.rest, certificate.bulk, certificate.attended, certificate.own,
-            short, top_p=config.top_p, implementation=config.select,
-        )  # fmt: skip
-        rows = jnp.any(short, axis=-1)
-        second = attend(lower, rows)
-        pick = lambda new, old: jnp.where(rows.reshape(*rows.shape, *(1,) * (new.ndim - 2)), new, old)  # noqa: E731
-        return jax.tree.map(pick, second, first), second.kept.counts
-
-    nothing_again = jnp.zeros_like(first.kept.counts)
-    last, again = first, nothing_again
-    if config.selection == "certified" and config.top_p < 1:
-        with jax.named_scope("extend"):
-            last, again = jax.lax.cond(jnp.any(short), extend, lambda first: (first, nothing_again), first)
-    selection = Selection(
-        indices=last.kept.indices,
-        counts=last.kept.counts,
-        scored=last.kept.scored,
-        mass=1 - below / jnp.where(mass.total == 0, 1.0, mass.total),
-    )
-    verification = Verification(
-        verified=last.certificate.verified, bound=last.certificate.bound, extended=short,
-        read=first.kept.counts + again,
-    )  # fmt: skip
-    out = last.out
-    if config.tail == "mean":
-        out = _add_tail(out, last.certificate.verified, cache, config)
-    return out, selection, verification
+    return NoisyLogits(scores=scores, noise=noise, scale=cache.codes.scale, quantized=cache.quantized, sink=config.sink)
 
 
 def _attend_round(

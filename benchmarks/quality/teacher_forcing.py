@@ -34,6 +34,7 @@ class LayerProbe:
       captured: float32 [B,H], true attention mass in the tokens that its kv head attends.
       error: float32 [B,H], deviation of the estimated logits from the exact ones over scored tokens, in nats, without
         their common shift.
+      output_error: float32 [B,H], distance of each query head's output to dense attention's, relative to that.
       bytes_read, bytes_dense: float32 [B].
       verified, extended, certified: of `DecodeStats`, float32 [B,H]; None where the configuration verifies nothing.
     """
@@ -42,6 +43,7 @@ class LayerProbe:
     claimed: jax.Array
     captured: jax.Array
     error: jax.Array
+    output_error: jax.Array
     bytes_read: jax.Array
     bytes_dense: jax.Array
     verified: jax.Array | None = None
@@ -107,7 +109,7 @@ def _decode_known(definition: ModelDefinition, params, cache, inputs, key, *, co
             parts = query[:, 0], new_key[:, 0], value[:, 0]
             prng_key = jax.random.fold_in(rounding_key, layer)
             out, new_cache, stats = attention.decode(*parts, layer_cache, config, prng_key=prng_key)
-            return out[:, None], new_cache, _probe(*parts, layer_cache, stats, config, prng_key)
+            return out[:, None], new_cache, _probe(*parts, layer_cache, out, stats, config, prng_key)
 
         length = cache.length
         hidden, layers, probes = model(token[:, None], length[:, None], length + 1, cache.layers, attend)
@@ -120,8 +122,8 @@ def _decode_known(definition: ModelDefinition, params, cache, inputs, key, *, co
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
 
 
-def _probe(query, key, value, cache: LayerCache, stats: DecodeStats, config, prng_key) -> LayerProbe:
-    """What `attention.decode` of these arguments, which gave `stats`, attended, against exact attention."""
+def _probe(query, key, value, cache: LayerCache, out, stats: DecodeStats, config, prng_key) -> LayerProbe:
+    """What `attention.decode` of these arguments, which gave `out` and `stats`, attended, against exact attention."""
     batch, heads, head_dim = query.shape
     kv_heads = key.shape[1]
     cache = append(cache, key[:, None], value[:, None], jnp.ones_like(cache.length))
@@ -136,13 +138,17 @@ def _probe(query, key, value, cache: LayerCache, stats: DecodeStats, config, prn
         shares |= {name: value.astype(jnp.float32) for name, value in verification.items()}
     if cache.codes is None:
         ones = jnp.ones((batch, heads), jnp.float32)
-        return LayerProbe(**shares, captured=ones, error=0 * ones)
+        return LayerProbe(**shares, captured=ones, error=0 * ones, output_error=0 * ones)
     grouped = query.reshape(batch, kv_heads, -1, head_dim)
     softmax_scale = head_dim**-0.5
     # The same arguments and key as in the step: the same tokens.
     _, selection, _ = attention.attend_selected(grouped, cache, config, softmax_scale, prng_key)
     exact = exact_logits(grouped, cache)
     captured = captured_mass(exact, selection.indices, selection.counts)
+    dense = jnp.einsum(
+        "bkgt,bktd->bkgd", jax.nn.softmax(exact, axis=-1), cache.values.astype(jnp.float32), precision="highest"
+    ).reshape(out.shape)
+    output_error = jnp.linalg.norm(out - dense, axis=-1) / jnp.linalg.norm(dense, axis=-1)
 
     quantized = quantize_query(
         grouped, cache.codes.rotation, cache.codes.query_centroid, rounding=config.query_rounding, key=prng_key
@@ -155,4 +161,7 @@ def _probe(query, key, value, cache: LayerCache, stats: DecodeStats, config, prn
     difference = jnp.where(scored, estimate - exact, 0)
     mean = jnp.sum(difference, axis=-1) / count
     variance = jnp.sum(jnp.where(scored, (difference - mean[..., None]) ** 2, 0), axis=-1) / count
-    return LayerProbe(**shares, captured=captured.reshape(batch, heads), error=jnp.sqrt(variance).reshape(batch, heads))
+    return LayerProbe(
+        **shares, captured=captured.reshape(batch, heads), error=jnp.sqrt(variance).reshape(batch, heads),
+        output_error=output_error,
+    )  # fmt: skip
