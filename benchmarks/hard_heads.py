@@ -25,7 +25,7 @@ KINDS = {
 }
 HEAD_DIM, KV_HEADS, QUERIES = 64, 8, 4
 # Heads drawn in one call, and rotations that each of them goes through: the promise is one over rotations.
-GROUPS_AT_ONCE, ROTATIONS_EACH = 20, 4
+GROUPS_AT_ONCE, ROTATIONS_EACH = 20, 8
 RANK = 16
 
 
