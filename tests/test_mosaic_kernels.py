@@ -171,11 +171,13 @@ def emulate(monkeypatch):
         (Shape(1, 2, 5, 512, 64), False),
         (Shape(2, 1, 3, 512, 256), False),
         (Shape(1, 1, 9, 512, 128), False),
+        (Shape(2, 1, 2, 2560, 128), False),
     ],
     ids=str,
 )
 def test_score_bins_in_an_emulator(shape, bias, monkeypatch):
-    """Every fragment and address of the kernel, with the instructions' layouts from the PTX manual."""
+    """Every fragment and address of the kernel, with the instructions' layouts from the PTX manual; the last shape has
+    blocks that are scored whole, in part, and not at all."""
     emulate(monkeypatch)
     arguments = inputs(shape, bias=bias)
     stop, _ = ranges(shape)
