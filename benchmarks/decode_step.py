@@ -23,7 +23,7 @@ from benchmarks.record import commit_option, write_row
 from benchmarks.shapes import KEPT, ROOM
 from benchmarks.suite import announce_device, weighed
 from models import Llama
-from rabitq_jax import Cache, RaBitQConfig, Sampling, attention
+from rabitq_jax import Cache, RaBitQConfig, Sampling, attention, decoding
 from rabitq_jax._dispatch import on_gpu
 from rabitq_jax.decoding import DecodeState, ModelDefinition, decode_steps, start_decoding
 
@@ -84,7 +84,9 @@ def planted_state(
         layers.append(cache)
         if layer_config is not None:
             facts.append(kept_facts(grouped, cache, select(grouped, cache, coded)))
-        out = _attend(query[:, 0], new_key[:, 0], value[:, 0], cache, layer_config)
+        # As the timed step rounds: other roundings give other queries to the layers above.
+        rounding_key = decoding.rounding_key(jax.random.key(ROUNDING_KEY), 0)
+        out = _attend(query[:, 0], new_key[:, 0], value[:, 0], cache, layer_config, rounding_key, layer)
         return out[:, None], None, None
 
     hidden, _, _ = model(token[:, None], length[:, None], length + 1, (None,) * shape.num_layers, attend)
@@ -99,8 +101,8 @@ def planted_state(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _attend(query, key, value, cache, config):
-    return attention.decode(query, key, value, cache, config, prng_key=jax.random.key(ROUNDING_KEY))[0]
+def _attend(query, key, value, cache, config, rounding_key, layer):
+    return attention.decode(query, key, value, cache, config, prng_key=rounding_key, layer=layer)[0]
 
 
 def without_codes(state: DecodeState) -> DecodeState:
@@ -115,7 +117,7 @@ def step_times(definition, params, state: DecodeState, config: RaBitQConfig | No
     def step(_, state, params):
         after, _ = decode_steps(
             definition, params, state, jax.random.key(ROUNDING_KEY), 1,
-            config=config, sampling=Sampling(), eos_token_ids=(),
+            num_steps=1, config=config, sampling=Sampling(), eos_token_ids=(),
         )  # fmt: skip
         return rewound(after, state)
 
@@ -155,8 +157,9 @@ def check_against_dense(config: RaBitQConfig) -> float:
     for state_config, before in ((dataclasses.replace(config, top_p=1.0), state), (None, without_codes(state))):
         fed = jax.tree.map(jnp.copy, before)  # Both share buffers, which a step takes.
         after, _ = decode_steps(
-            definition, params, fed, jax.random.key(0), 1, config=state_config, sampling=Sampling(), eos_token_ids=()
-        )
+            definition, params, fed, jax.random.key(0), 1,
+            num_steps=1, config=state_config, sampling=Sampling(), eos_token_ids=(),
+        )  # fmt: skip
         new_keys.append(after.cache.layers[-1].keys[:, :, slot])
     return check("a decode step at p = 1", relative_error(*new_keys), 0.05)
 

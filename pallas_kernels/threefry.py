@@ -11,15 +11,16 @@ ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
 
 
-def random_bits(seed, counter):
+def random_bits(seed, counter, stream=0):
     """uint32 of counter's shape.
 
     Args:
       seed: two uint32 scalars.
       counter: uint32, any shape.
+      stream: uint32 scalar, the counter's high word: other numbers under the same seed.
     """
     keys = (seed[0], seed[1], seed[0] ^ seed[1] ^ jnp.uint32(PARITY))
-    high, low = jnp.zeros_like(counter) + keys[0], counter + keys[1]
+    high, low = jnp.zeros_like(counter) + (keys[0] + jnp.uint32(stream)), counter + keys[1]
     for i in range(5):
         for rotation in ROTATIONS[i % 2]:
             high = high + low
@@ -30,8 +31,8 @@ def random_bits(seed, counter):
     return high ^ low
 
 
-def uniform(seed, counter):
+def uniform(seed, counter, stream=0):
     """float32 in [0, 1), multiples of 2^-23; arguments as of `random_bits`."""
-    bits = random_bits(seed, counter)
+    bits = random_bits(seed, counter, stream)
     mantissa = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 9))
     return mantissa.astype(jnp.float32) * jnp.float32(2**-23)

@@ -28,6 +28,7 @@ def decode(
     config: RaBitQConfig | None,
     *,
     prng_key: jax.Array | None = None,
+    layer: int = 0,
     active: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache, DecodeStats]:
     """Append one token to every sequence and attend to the cache.
@@ -37,6 +38,7 @@ def decode(
       cache: with room for one more token (checked by the caller, on the host: lengths are traced here).
       config: the one the cache was made with; not used by a layer without codes, which attends densely.
       prng_key: for config.query_rounding "random".
+      layer: layers that share prng_key round independently.
       active: bool [B]; a sequence that is not keeps its cache, and its output means nothing. All by default.
 
     Returns:
@@ -58,17 +60,19 @@ def decode(
     else:
         if config is None:
             raise ValueError("config is None, but the cache has codes: pass the RaBitQConfig it was made with")
-        out, _, stats = attend_selected(grouped, cache, config, softmax_scale, prng_key)
+        out, _, stats = attend_selected(grouped, cache, config, softmax_scale, prng_key, layer)
         cache = _quantize_full_blocks(cache, config, max_blocks=1)
     return out.reshape(query.shape).astype(query.dtype), cache, stats
 
 
-def _attend_and_verify(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key):
-    quantized, exact_lse = quantize_and_sum(query, cache, config, softmax_scale, prng_key)
+def _attend_and_verify(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, layer: int):
+    quantized, exact_lse = quantize_and_sum(query, cache, config, softmax_scale, prng_key, layer)
     return attend_certified(query, quantized, exact_lse, cache, config, softmax_scale)
 
 
-def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key):
+def attend_selected(
+    query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, layer: int = 0
+):
     """Attention of one token over those that config.selection chooses; arguments as of `selection.choose_tokens`.
 
     Returns:
@@ -76,7 +80,7 @@ def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scal
     """
     if config.selection == "plain":
         with jax.named_scope("select_tokens"):
-            selection = choose_tokens(query, cache, config, softmax_scale, prng_key)
+            selection = choose_tokens(query, cache, config, softmax_scale, prng_key, layer)
         with jax.named_scope("gathered_attention"):
             out = gathered_attention(
                 query, cache.keys, cache.values, selection.indices, selection.counts,
@@ -84,7 +88,7 @@ def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scal
             )  # fmt: skip
         read, verified = selection.counts, {}
     else:
-        out, selection, verification = _attend_and_verify(query, cache, config, softmax_scale, prng_key)
+        out, selection, verification = _attend_and_verify(query, cache, config, softmax_scale, prng_key, layer)
         read, verified = verification.read, _verified_stats(verification, config)
     batch = query.shape[0]
     stats = DecodeStats(

@@ -110,7 +110,9 @@ def encode_keys(keys, centroid, rotation, query_centroid=None):
     return pack_bits(rotated > 0), scale, bias
 
 
-def quantize_query(query, rotation, query_centroid, *, rounding: QueryRounding, key=None) -> Int4Query:
+def quantize_query(
+    query, rotation, query_centroid, *, rounding: QueryRounding, key=None, layer: int = 0
+) -> Int4Query:
     """Rotate queries and quantize them to signed INT4.
 
     Args:
@@ -119,6 +121,7 @@ def quantize_query(query, rotation, query_centroid, *, rounding: QueryRounding, 
       query_centroid: float32 [B,K,D] or None.
       rounding: "random": floor(y / step + uniform), so that E[u step] = y; "nearest".
       key: PRNG key, needed by "random" alone.
+      layer: layers that share a key round independently.
 
     Raises:
       ValueError: rounding is "random" and there is no key.
@@ -132,7 +135,7 @@ def quantize_query(query, rotation, query_centroid, *, rounding: QueryRounding, 
     noise = 0.5
     seed = rounding_seed(rounding, key)
     if seed is not None:
-        noise = threefry.uniform(seed, jnp.arange(ratio.size, dtype=jnp.uint32).reshape(ratio.shape))
+        noise = threefry.uniform(seed, jnp.arange(ratio.size, dtype=jnp.uint32).reshape(ratio.shape), layer)
     # The uniform number is below 1 - 2^-23, but the sum may still round up to 8.
     levels = jnp.minimum(jnp.floor(ratio + noise), QUERY_LEVEL)
     return Int4Query(levels=levels.astype(jnp.int8), step=step)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rabitq_jax import attention
-from rabitq_jax.cache import Cache
+from rabitq_jax.cache import Cache, LayerCache
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.sampling import Sampling, sample
 
@@ -161,7 +161,7 @@ def start_decoding(
       verified: the steps are taken under a configuration that verifies what they capture.
     """
     logits = definition.merge(params).logits(hidden)
-    token = sample(logits, sampling, _step_keys(key, 0)[0])
+    token = sample(logits, sampling, _sampling_key(key, 0))
     batch, kv_heads = cache.layers[0].keys.shape[:2]
     shape = (batch, num_steps, len(cache.layers))
     verified_stats = {name: jnp.zeros(shape, jnp.float32) for name in VERIFIED} if verified else {}
@@ -185,43 +185,80 @@ def start_decoding(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("definition", "config", "sampling", "eos_token_ids"), donate_argnames=("state",)
+    jax.jit,
+    static_argnames=("definition", "num_steps", "config", "sampling", "eos_token_ids"),
+    donate_argnames=("state",),
 )
 def decode_steps(
     definition: ModelDefinition, params, state: DecodeState, key, stop, *,
-    config: RaBitQConfig | None, sampling: Sampling, eos_token_ids: tuple[int, ...],
+    num_steps: int, config: RaBitQConfig | None, sampling: Sampling, eos_token_ids: tuple[int, ...],
 ):  # fmt: skip
-    """Decode until step `stop` (int32 [], at most N), or until every sequence is finished.
+    """Decode `num_steps` steps, of which those from step `stop` on (int32 [], at most N) change nothing.
 
-    Step i feeds token i, which has been sampled, and samples token i + 1: when the loop ends, the cache holds all the
-    tokens that were generated.
+    Step i feeds token i, which has been sampled, and samples token i + 1: when step N is reached, the cache holds all
+    the tokens that were generated. How many steps are taken is known when the program is compiled: a loop that asks the
+    device whether to go on waits for the answer, and then for a step to be launched anew, for each token.
 
     Returns:
       state, and (tokens so far [B,N], lengths [B], finished [B]) once more, so that they can be read while the next
       call, which takes the state's buffers, is under way.
     """
+    model = definition.merge(params)
+    layers, lengths = _split_lengths(state.cache.layers)
 
-    def step(state):
-        return _decode_step(definition.merge(params), state, key, config, sampling, eos_token_ids)
+    def step(_, carried):
+        state, layers, lengths = carried
+        cache = dataclasses.replace(state.cache, layers=_join_lengths(layers, lengths))
+        active = ~state.finished & (state.step < stop)
+        state = _decode_step(model, dataclasses.replace(state, cache=cache), active, key, config, sampling, eos_token_ids)
+        layers, lengths = _split_lengths(state.cache.layers)
+        return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=())), layers, lengths
 
-    state = jax.lax.while_loop(lambda s: (s.step < stop) & ~jnp.all(s.finished), step, state)
+    bare = dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=()))
+    state, layers, lengths = jax.lax.fori_loop(0, num_steps, step, (bare, layers, lengths))
+    cache = dataclasses.replace(state.cache, layers=_join_lengths(layers, lengths))
     copy = jax.tree.map(jnp.copy, (state.tokens, state.lengths, state.finished))
-    return state, copy
+    return dataclasses.replace(state, cache=cache), copy
 
 
-def _step_keys(key, step):
-    """PRNG keys of a step: for sampling its token, and for rounding its queries."""
-    return jax.random.split(jax.random.fold_in(key, step))
+def _split_lengths(layers: tuple[LayerCache, ...]):
+    """What the layers hold each, as dicts, and what is the same in all: length, and quantized of those with codes.
+
+    A loop that carried these for each layer would compute and copy them for each.
+    """
+    shared = ("length", "quantized")
+    parts = [{f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)} for layer in layers]
+    coded = [layer.quantized for layer in layers if layer.codes is not None]
+    lengths = (layers[0].length, coded[0] if coded else jnp.zeros_like(layers[0].length))
+    return [{name: x for name, x in part.items() if name not in shared} for part in parts], lengths
 
 
-def _decode_step(model, state: DecodeState, key, config, sampling, eos_token_ids) -> DecodeState:
-    active = ~state.finished
-    rounding_key = _step_keys(key, state.step)[1]
+def _join_lengths(parts, lengths) -> tuple[LayerCache, ...]:
+    length, quantized = lengths
+    none = jnp.zeros_like(quantized)
+    return tuple(
+        LayerCache(**part, length=length, quantized=none if part["codes"] is None else quantized) for part in parts
+    )
+
+
+def _sampling_key(key, step):
+    """The PRNG key with which a step's token is sampled."""
+    return jax.random.split(jax.random.fold_in(key, step))[0]
+
+
+def rounding_key(key, step):
+    """The PRNG key with which a step's queries are rounded."""
+    return jax.random.split(jax.random.fold_in(key, step))[1]
+
+
+def _decode_step(model, state: DecodeState, active, key, config, sampling, eos_token_ids) -> DecodeState:
+    """One step of the sequences that are active, bool [B]; the others stay as they are."""
+    prng_key = rounding_key(key, state.step)
 
     def attend(layer, query, new_key, value, layer_cache):
         out, layer_cache, stats = attention.decode(
             query[:, 0], new_key[:, 0], value[:, 0], layer_cache, config,
-            prng_key=jax.random.fold_in(rounding_key, layer), active=active,
+            prng_key=prng_key, layer=layer, active=active,
         )  # fmt: skip
         return out[:, None], layer_cache, stats
 
@@ -232,17 +269,17 @@ def _decode_step(model, state: DecodeState, key, config, sampling, eos_token_ids
     logits = model.logits(hidden[:, 0])
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
 
-    finished = state.finished | jnp.isin(state.token, jnp.array(eos_token_ids, jnp.int32))
-    token = sample(logits, sampling, _step_keys(key, state.step + 1)[0])
+    finished = state.finished | (active & jnp.isin(state.token, jnp.array(eos_token_ids, jnp.int32)))
+    token = sample(logits, sampling, _sampling_key(key, state.step + 1))
     room = state.step + 1 < state.tokens.shape[1]
-    goes_on = ~finished & room
+    goes_on = active & ~finished & room
     following = jnp.minimum(state.step + 1, state.tokens.shape[1] - 1)
     return DecodeState(
         cache=dataclasses.replace(state.cache, layers=layers),
-        token=token,
+        token=jnp.where(active, token, state.token),
         finished=finished,
         finite=state.finite & (finite | ~active),
-        step=state.step + 1,
+        step=state.step + jnp.any(active),
         tokens=state.tokens.at[:, following].set(jnp.where(goes_on, token, state.tokens[:, following])),
         lengths=state.lengths + goes_on,
         stats=_record(state.stats, state.step, layer_stats, active),

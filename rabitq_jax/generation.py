@@ -1,7 +1,6 @@
 """`generate`: prompts in, tokens out, with a RaBitQ cache between."""
 
 import dataclasses
-import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -17,9 +16,6 @@ from rabitq_jax.cache import AttentionShape, Cache, init_cache, round_capacity
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.decoding import DecodeState, ModelDefinition, StepStats, decode_steps, prefill_chunk, start_decoding
 from rabitq_jax.sampling import Sampling
-
-# While streaming, steps are added to a call until it takes so long, or has so many.
-STREAM_SECONDS, STREAM_STEPS = 0.02, 16
 
 Tokens = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 
@@ -146,10 +142,11 @@ def generate(
     # A power of two, so that few programs serve all values of max_new_tokens.
     num_steps = 1 << (max_new_tokens - 1).bit_length()
 
-    def run(state, stop):
+    def run(state, stop, steps):
         return decode_steps(
-            definition, params, state, key, jnp.int32(stop), config=config, sampling=sampling, eos_token_ids=eos
-        )
+            definition, params, state, key, jnp.int32(stop),
+            num_steps=steps, config=config, sampling=sampling, eos_token_ids=eos,
+        )  # fmt: skip
 
     prefill_watch, decode_watch = Stopwatch(), Stopwatch()
     with prefill_watch:
@@ -160,10 +157,7 @@ def generate(
         )  # fmt: skip
         jax.block_until_ready(state.token)
     with decode_watch:
-        if on_token is None:
-            state, _ = run(state, max_new_tokens)
-        else:
-            state = _stream(run, state, max_new_tokens, on_token)
+        state = _decode(run, state, max_new_tokens, on_token)
         jax.block_until_ready(state.tokens)
     lengths = np.minimum(np.asarray(state.lengths), max_new_tokens)
     generated = np.asarray(state.tokens)[:, :max_new_tokens]
@@ -259,8 +253,15 @@ def _padded_size(tokens: int) -> int:
     return max(16, 1 << (tokens - 1).bit_length()) if tokens <= 512 else -(-tokens // 512) * 512
 
 
-def _stream(run, state: DecodeState, max_new_tokens: int, on_token) -> DecodeState:
-    """Run a few steps at a time. The next few are under way while the tokens of the last are read and handed out."""
+def _steps_per_call(max_new_tokens: int) -> int:
+    """Decode steps of a call, a power of two. A GPU is sent a few at a time: a call costs the host a millisecond or two,
+    which must not be paid for each token of a fast model. Those after the last token are wasted."""
+    return min(8, 1 << (max_new_tokens - 1).bit_length()) if on_gpu() else 1
+
+
+def _decode(run, state: DecodeState, max_new_tokens: int, on_token) -> DecodeState:
+    """Call after call, until all is done. One is under way while the tokens of the last are read and handed out."""
+    steps = _steps_per_call(max_new_tokens)
     handed_out = 0
 
     def hand_out(tokens, lengths, stop):
@@ -270,20 +271,19 @@ def _stream(run, state: DecodeState, max_new_tokens: int, on_token) -> DecodeSta
             on_token(step, np.where(step < lengths, tokens[:, step], -1))
         handed_out = stop
 
-    hand_out(state.tokens, state.lengths, 1)
-    stop = steps = 1
-    state, known = run(state, stop)
-    while stop < max_new_tokens:
-        begin = time.perf_counter()
-        following_stop = min(stop + steps, max_new_tokens)
-        state, following = run(state, following_stop)
-        tokens, lengths, finished = known
-        hand_out(tokens, lengths, stop + 1)
-        if np.asarray(finished).all():
+    def read(result, calls_done) -> bool:
+        """Whether all sequences are finished."""
+        tokens, lengths, finished = result
+        if on_token is not None:
+            hand_out(tokens, lengths, min(calls_done * steps + 1, max_new_tokens))
+        return bool(np.asarray(finished).all())
+
+    read((state.tokens, state.lengths, state.finished), 0)
+    last, calls = None, -(-max_new_tokens // steps)
+    for call in range(calls):
+        state, result = run(state, max_new_tokens, steps)
+        if last is not None and read(last, call):
             return state
-        # A call costs the host a millisecond or two, which must not be paid for each token of a fast model.
-        if time.perf_counter() - begin < STREAM_SECONDS:
-            steps = min(2 * steps, STREAM_STEPS)
-        stop, known = following_stop, following
-    hand_out(known[0], known[1], max_new_tokens)
+        last = result
+    read(last, calls)
     return state

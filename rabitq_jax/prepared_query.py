@@ -38,13 +38,15 @@ class PreparedQuery:
     zeros: jax.Array
 
 
-def prepare_query_reference(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, zeros: int):
+def prepare_query_reference(
+    query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, layer: int, zeros: int
+):
     """`prepare_query` in plain jnp: its definition."""
     codes = cache.codes
     assert codes is not None
     group = query.shape[2]
     quantized = key_codes.quantize_query(
-        query, codes.rotation, codes.query_centroid, rounding=config.query_rounding, key=prng_key
+        query, codes.rotation, codes.query_centroid, rounding=config.query_rounding, key=prng_key, layer=layer
     )
     shift = centroid_shift(query, codes, softmax_scale)
     gain = quantized.step * softmax_scale
@@ -79,12 +81,14 @@ def prepare_query_reference(query, cache: LayerCache, config: RaBitQConfig, soft
     )
 
 
-def _prepare_pallas(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, zeros: int):
+def _prepare_pallas(
+    query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, layer: int, zeros: int
+):
     codes = cache.codes
     assert codes is not None
     planes, factors, base, shift, exact_lse, zero = kernel.prepare_query(
         query, cache.keys, codes.rotation, codes.query_centroid, codes.key_centroids,
-        key_codes.rounding_seed(config.query_rounding, prng_key), cache.quantized, cache.length,
+        key_codes.rounding_seed(config.query_rounding, prng_key), layer, cache.quantized, cache.length,
         sink=config.sink, softmax_scale=softmax_scale, scope_all=config.top_p_scope == "all", zeros=zeros,
     )  # fmt: skip
     return PreparedQuery(planes=planes, factors=factors, base=base, shift=shift, exact_lse=exact_lse, zeros=zero)
@@ -94,15 +98,16 @@ IMPLEMENTATIONS = {"xla": prepare_query_reference, "pallas": _prepare_pallas}
 
 
 def prepare_query(
-    query, cache: LayerCache, config: RaBitQConfig, *, softmax_scale: float, prng_key, zeros: int, implementation=None
-) -> PreparedQuery:
+    query, cache: LayerCache, config: RaBitQConfig, *, softmax_scale: float, prng_key, zeros: int, layer: int = 0,
+    implementation=None,
+) -> PreparedQuery:  # fmt: skip
     """Rotate and quantize queries, and make all else of them that scores in bins need.
 
     Args:
       query: [B,K,G,D].
       cache: with codes; it holds the new token.
       softmax_scale: factor from <q, k> to a logit.
-      prng_key: for config.query_rounding "random".
+      prng_key, layer: for config.query_rounding "random"; see `quantize_query`.
       zeros: words a kv head, a multiple of 256.
       implementation: "xla", "pallas" or None.
 
@@ -113,4 +118,4 @@ def prepare_query(
       ValueError: rounding is "random" and there is no key.
     """
     prepare = select(IMPLEMENTATIONS, implementation, gpu="pallas")
-    return prepare(query, cache, config, softmax_scale, prng_key, zeros)
+    return prepare(query, cache, config, softmax_scale, prng_key, layer, zeros)

@@ -16,7 +16,8 @@ from rabitq_jax.top_p import Selection, select_top_p
 
 
 def choose_tokens(
-    query: jax.Array, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key: jax.Array | None
+    query: jax.Array, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key: jax.Array | None,
+    layer: int = 0,
 ) -> Selection:
     """Estimate the logits of all tokens that have codes, and choose by plain Top-p.
 
@@ -26,7 +27,7 @@ def choose_tokens(
       config: `scores` and `select` name the implementation. "mosaic" makes scores and selection in one go, with bins
         of 1/8 nat. None for both is "mosaic" on a Hopper GPU where it takes the shape.
       softmax_scale: factor from <q, k> to a logit.
-      prng_key: for config.query_rounding "random".
+      prng_key, layer: for config.query_rounding "random"; see `quantize_query`.
 
     Returns:
       A Selection; with kernels, a superset of the definition's.
@@ -41,8 +42,8 @@ def choose_tokens(
     unnamed = config.scores is None and config.select is None
     takes = mosaic_top_p.takes(cache.codes.bits, cache.codes.key_centroids)
     if config.select == "mosaic" or (unnamed and on_hopper() and takes):
-        return _choose_mosaic(query, cache, config, softmax_scale, prng_key)
-    quantized, exact_lse = quantize_and_sum(query, cache, config, softmax_scale, prng_key)
+        return _choose_mosaic(query, cache, config, softmax_scale, prng_key, layer)
+    quantized, exact_lse = quantize_and_sum(query, cache, config, softmax_scale, prng_key, layer)
     with jax.named_scope("proxy_scores"):
         scores = proxy_scores(
             query, quantized, cache.codes, cache.quantized, softmax_scale=softmax_scale, implementation=config.scores
@@ -55,7 +56,8 @@ def choose_tokens(
 
 
 def quantize_and_sum(
-    query: jax.Array, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key: jax.Array | None
+    query: jax.Array, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key: jax.Array | None,
+    layer: int = 0,
 ) -> tuple[key_codes.Int4Query, jax.Array]:
     """The queries in INT4, and the log-sum-exp of the exact tokens, float32 [B,K,G]: -inf for p over the scored tokens.
 
@@ -63,7 +65,8 @@ def quantize_and_sum(
     """
     assert cache.codes is not None
     quantized = key_codes.quantize_query(
-        query, cache.codes.rotation, cache.codes.query_centroid, rounding=config.query_rounding, key=prng_key
+        query, cache.codes.rotation, cache.codes.query_centroid,
+        rounding=config.query_rounding, key=prng_key, layer=layer,
     )
     exact_lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
     if config.top_p_scope == "all":
@@ -74,13 +77,14 @@ def quantize_and_sum(
     return quantized, exact_lse
 
 
-def _choose_mosaic(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key) -> Selection:
+def _choose_mosaic(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, layer) -> Selection:
     codes = cache.codes
     assert codes is not None
     batch, kv_heads, group = query.shape[:3]
     zeros = mosaic_top_p.zeros(batch, kv_heads, group, padded_heads(group), cache.capacity)
     prepared = prepare_query(
-        query, cache, config, softmax_scale=softmax_scale, prng_key=prng_key, zeros=zeros, implementation="pallas"
+        query, cache, config,
+        softmax_scale=softmax_scale, prng_key=prng_key, layer=layer, zeros=zeros, implementation="pallas",
     )
     indices, counts, scored, mass = mosaic_top_p.score_and_select(
         prepared.planes, prepared.factors, prepared.base, prepared.shift, prepared.exact_lse, prepared.zeros,

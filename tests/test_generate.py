@@ -280,8 +280,9 @@ def test_300_steps_across_blocks_compile_once(model):
     before = decode_steps._cache_size()
     for step in range(300):
         state, _ = decode_steps(
-            definition, params, state, KEY, jnp.int32(step + 1), config=CONFIG, sampling=Sampling(), eos_token_ids=()
-        )
+            definition, params, state, KEY, jnp.int32(step + 1),
+            num_steps=1, config=CONFIG, sampling=Sampling(), eos_token_ids=(),
+        )  # fmt: skip
         # A model is split anew in each call of generate.
         definition = ModelDefinition.split(model)[0] if step % 100 == 0 else definition
     assert decode_steps._cache_size() == before + 1
@@ -292,8 +293,9 @@ def test_300_steps_across_blocks_compile_once(model):
 def compile_decode_steps(model, config):
     definition, params, state = decode_state(model, config, capacity=8192, num_steps=8)
     compiled = decode_steps.lower(
-        definition, params, state, KEY, jnp.int32(8), config=config, sampling=Sampling(), eos_token_ids=()
-    ).compile()
+        definition, params, state, KEY, jnp.int32(8),
+        num_steps=8, config=config, sampling=Sampling(), eos_token_ids=(),
+    ).compile()  # fmt: skip
     return compiled, state.cache
 
 
