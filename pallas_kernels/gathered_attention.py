@@ -1,7 +1,7 @@
 """Exact attention of one token over a list of cached tokens per kv head, split over the list and combined.
 
     attend    program (kv head, split): an equal run of the list's tiles, whatever its length ->  peak, total, out
-    combine   program (kv head, query head): all splits of a head, rescaled to the largest peak
+    combine   program (kv head, query head, columns): all splits of a head, rescaled to the largest peak
 
 The query heads of a kv head are the rows of one matrix product, padded to 16. Lists may be empty or hold every token.
 """
@@ -18,6 +18,7 @@ LEAST_ROWS = 16
 TILE = 64
 PROGRAMS = 512
 LOWEST = -1e30
+COMBINED_COLUMNS = 32
 
 
 def _attend_kernel(
@@ -67,12 +68,12 @@ def _attend_kernel(
 
 
 def _combine_kernel(peak_ref, total_ref, partial_ref, out_ref):
-    """peak and total [splits], partial [splits,Dp] -> out [Dp]; zero if every split was empty."""
+    """peak and total [splits], partial [splits,C] -> out [C], some columns; zero if every split was empty."""
     peak = peak_ref[...]
     weight = jnp.exp(peak - jnp.max(peak))
     total = jnp.sum(weight * total_ref[...])
     out = jnp.sum(weight[:, None] * partial_ref[...], axis=0)
-    out_ref[...] = jnp.where(total == 0, 0.0, out / total)
+    out_ref[...] = jnp.where(total == 0, 0.0, out / total).astype(out_ref.dtype)
 
 
 def product_shape(group, head_dim):
@@ -88,17 +89,19 @@ def load_query(query_ref, dtype):
     return _pallas.load_masked(query_ref, (row, dim), (row < group) & (dim < head_dim)).astype(dtype)
 
 
-def gathered_attention(query, keys, values, indices, counts, *, softmax_scale):
+def gathered_attention(query, keys, values, indices, counts, *, softmax_scale, dtype):
     """`rabitq_jax.gathered_attention.gathered_attention_reference`."""
-    return _attend(query, keys, values, indices, counts, softmax_scale=softmax_scale, with_logits=False)[0]
+    return _attend(query, keys, values, indices, counts, softmax_scale=softmax_scale, dtype=dtype, with_logits=False)[0]
 
 
 def gathered_attention_and_logits(query, keys, values, indices, counts, *, softmax_scale):
     """`gathered_attention`, and the listed tokens' logits in the list's order, float32 [B,K,G,S]."""
-    return _attend(query, keys, values, indices, counts, softmax_scale=softmax_scale, with_logits=True)
+    return _attend(
+        query, keys, values, indices, counts, softmax_scale=softmax_scale, dtype=jnp.float32, with_logits=True
+    )
 
 
-def _attend(query, keys, values, indices, counts, *, softmax_scale, with_logits):
+def _attend(query, keys, values, indices, counts, *, softmax_scale, dtype, with_logits):
     batch, kv_heads, group, head_dim = query.shape
     heads = batch * kv_heads
     rows, columns = product_shape(group, head_dim)
@@ -127,15 +130,16 @@ def _attend(query, keys, values, indices, counts, *, softmax_scale, with_logits)
         ],
     )(counts, query, keys, values, indices)
 
-    def one_row(*shape):
-        return pl.BlockSpec((None, splits, None, *shape), lambda row, g: (row, 0, g, *(0,) * len(shape)))
+    some = min(columns, COMBINED_COLUMNS)
+    one_row = pl.BlockSpec((None, splits, None), lambda row, g, part: (row, 0, g))
+    some_columns = pl.BlockSpec((None, splits, None, some), lambda row, g, part: (row, 0, g, part))
 
     out = _pallas.call(
         _combine_kernel,
         name="combine_splits",
-        grid=(heads, group),
-        in_specs=[one_row(), one_row(), one_row(columns)],
-        out_specs=pl.BlockSpec((None, None, columns), lambda row, g: (row, g, 0)),
-        out_shape=jax.ShapeDtypeStruct((heads, group, columns), jnp.float32),
+        grid=(heads, group, columns // some),
+        in_specs=[one_row, one_row, some_columns],
+        out_specs=pl.BlockSpec((None, None, some), lambda row, g, part: (row, g, part)),
+        out_shape=jax.ShapeDtypeStruct((heads, group, columns), dtype),
     )(peak, total, partial)
     return (out.reshape(batch, kv_heads, group, columns)[..., :head_dim], *logits)

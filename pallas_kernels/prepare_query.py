@@ -76,11 +76,12 @@ class _Sizes:
 
 
 def _kernel(*refs, sizes: _Sizes, has_centroid: bool):
-    """seed [2], quantized and length [], query [G,D], keys [T,D], rotation [32 W, D], centroids [C,D], query centroid
-    [D] if there is one -> planes [H,4,W], factors [H,2], base [H], shift [H,C], exact log-sum-exp [H], zeros [Z]."""
-    seed_ref, quantized_ref, length_ref, query_ref, keys_ref, rotation_ref, centroids_ref = refs[:7]
+    """seed [2], layer, quantized and length [], query [G,D], keys [T,D], rotation [32 W, D], centroids [C,D], query
+    centroid [D] if there is one -> planes [H,4,W], factors [H,2], base [H], shift [H,C], exact log-sum-exp [H], zeros
+    [Z]."""
+    seed_ref, layer_ref, quantized_ref, length_ref, query_ref, keys_ref, rotation_ref, centroids_ref = refs[:8]
     planes_ref, factors_ref, base_ref, shift_ref, lse_ref, zeros_ref = refs[-6:]
-    query_centroid_ref = refs[7] if has_centroid else None
+    query_centroid_ref = refs[8] if has_centroid else None
     row, part = pl.program_id(0), pl.program_id(1)
     head = jnp.arange(product_shape(*query_ref.shape)[0], dtype=jnp.int32)
 
@@ -89,7 +90,7 @@ def _kernel(*refs, sizes: _Sizes, has_centroid: bool):
 
     @pl.when(part == 0)
     def _():
-        _quantize(sizes, row, seed_ref, query_ref, rotation_ref, query_centroid_ref, planes_ref, factors_ref)
+        _quantize(sizes, row, seed_ref, layer_ref, query_ref, rotation_ref, query_centroid_ref, planes_ref, factors_ref)
 
     @pl.when(part == 1)
     def _():
@@ -135,15 +136,15 @@ def _products(query_ref, rows_ref, index):
     return _pallas.dot(query, rows.astype(dtype).T)
 
 
-def _quantize(sizes: _Sizes, row, seed_ref, query_ref, rotation_ref, query_centroid_ref, planes_ref, factors_ref):
+def _quantize(
+    sizes: _Sizes, row, seed_ref, layer_ref, query_ref, rotation_ref, query_centroid_ref, planes_ref, factors_ref
+):
     (group, head_dim), (heads, _, words) = query_ref.shape, planes_ref.shape
-    query = load_query(query_ref, jnp.float32)
-    rows, columns = query.shape
-    if query_centroid_ref is not None:
-        dim = jnp.arange(columns, dtype=jnp.int32)
-        centred = query - _pallas.load_masked(query_centroid_ref, (dim,), dim < head_dim)[None, :]
-        # Rows that are padding stay zero.
-        query = jnp.where(jax.lax.broadcasted_iota(jnp.int32, query.shape, 0) < group, centred, 0.0)
+    rows, columns = product_shape(group, head_dim)
+    # Products have 16 rows or more. Heads are spread over them, so that what follows can be gathered to fewer rows.
+    kept_rows = _pallas.power_of_two(heads)
+    spread = rows // kept_rows
+    query = _centred_query(query_ref, query_centroid_ref, rows, columns, spread)
 
     # A power of two of words at a time; words past the end are zero.
     part_words = min(_pallas.power_of_two(words), max(1, ROTATION_PART // columns // 32))
@@ -155,40 +156,55 @@ def _quantize(sizes: _Sizes, row, seed_ref, query_ref, rotation_ref, query_centr
     def rotate(word):
         code = 32 * word + code_row
         valid = (code < 32 * words) & (code_dim < head_dim)
-        return _pallas.dot(query, _pallas.load_masked(rotation_ref, (code, code_dim), valid).T)
+        rotated = _pallas.dot_wide(query, _pallas.load_masked(rotation_ref, (code, code_dim), valid).T)
+        return rotated if spread == 1 else jnp.sum(rotated.reshape(kept_rows, spread, size), axis=1)
 
     rotated = [rotate(word) for word in parts]
     largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(y), axis=1) for y in rotated])
     step = largest / QUERY_LEVEL
     inverse = 1 / jnp.where(step == 0, 1.0, step)
 
-    head = jax.lax.broadcasted_iota(jnp.int32, (rows, size), 0)
-    code = jax.lax.broadcasted_iota(jnp.int32, (rows, size), 1)
-    word_head = jax.lax.broadcasted_iota(jnp.int32, (rows, part_words), 0)
-    word_place = jax.lax.broadcasted_iota(jnp.int32, (rows, part_words), 1)
-    sums = jnp.zeros((rows,), jnp.int32)
+    head = jax.lax.broadcasted_iota(jnp.int32, (kept_rows, size), 0)
+    code = jax.lax.broadcasted_iota(jnp.int32, (kept_rows, size), 1)
+    word_head = jax.lax.broadcasted_iota(jnp.int32, (kept_rows, part_words), 0)
+    word_place = jax.lax.broadcasted_iota(jnp.int32, (kept_rows, part_words), 1)
+    sums = jnp.zeros((kept_rows,), jnp.int32)
     for word, y in zip(parts, rotated, strict=True):
         noise = 0.5
         if sizes.random:
             counter = (row * group + head) * (32 * words) + 32 * word + code
             seed = (seed_ref[0], seed_ref[1])
-            noise = threefry.uniform(seed, jax.lax.bitcast_convert_type(counter, jnp.uint32))
+            noise = threefry.uniform(seed, jax.lax.bitcast_convert_type(counter, jnp.uint32), layer_ref[...])
         level = jnp.floor(y * inverse[:, None] + noise)
         level = jnp.minimum(level, float(QUERY_LEVEL)).astype(jnp.int32)
         sums += jnp.sum(level, axis=1)
         for plane in range(4):
             ones = ((level >> plane) & 1) << (code % 32)
-            packed = jnp.sum(ones.reshape(rows, part_words, 32), axis=2)
+            packed = jnp.sum(ones.reshape(kept_rows, part_words, 32), axis=2)
             place = (word_head, plane + 0 * word_head, word + word_place)
             _pallas.store_masked(planes_ref, place, packed, (word_head < heads) & (word + word_place < words))
 
-    one_head = jnp.arange(rows, dtype=jnp.int32)
+    one_head = jnp.arange(kept_rows, dtype=jnp.int32)
     for i, factor in enumerate((step * sizes.softmax_scale, -sums.astype(jnp.float32))):
         _pallas.store_masked(factors_ref, (one_head, i + 0 * one_head), factor, one_head < heads)
 
 
+def _centred_query(query_ref, query_centroid_ref, rows: int, columns: int, spread: int):
+    """q - c_q, head h in row h * spread, zeros elsewhere: the queries' own dtype if there is no c_q, else float32."""
+    group, head_dim = query_ref.shape
+    row, dim = (jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1))
+    head = row // spread
+    real = (head * spread == row) & (head < group) & (dim < head_dim)
+    query = _pallas.load_masked(query_ref, (head, dim), real)
+    if query_centroid_ref is None:
+        return query
+    each = jnp.arange(columns, dtype=jnp.int32)
+    centroid = _pallas.load_masked(query_centroid_ref, (each,), each < head_dim)
+    return jnp.where(real, query.astype(jnp.float32) - centroid[None, :], 0.0)
+
+
 def prepare_query(
-    query, keys, rotation, query_centroid, centroids, seed, quantized, length,
+    query, keys, rotation, query_centroid, centroids, seed, layer, quantized, length,
     *, sink: int, softmax_scale: float, scope_all: bool, zeros: int,
 ):  # fmt: skip
     """`rabitq_jax.prepared_query.prepare_query_reference`, and zeros for later kernels to count in.
@@ -199,6 +215,7 @@ def prepare_query(
       rotation: float32 [32 W, D]; query_centroid: float32 [B,K,D] or None.
       centroids: bfloat16 [B,K,C,D], of the keys.
       seed: uint32 [2], or None for rounding to nearest.
+      layer: int32 [], tells random numbers of one seed apart.
       quantized, length: int32 [B].
       scope_all: the log-sum-exp is wanted; else it is -inf.
       zeros: how many a kv head, a multiple of 256.
@@ -219,6 +236,7 @@ def prepare_query(
 
     by_head = [centroids] + ([] if query_centroid is None else [query_centroid])
     seed = jnp.zeros((2,), jnp.uint32) if seed is None else seed
+    layer = jnp.asarray(layer, jnp.int32)
     out_shape = [
         jax.ShapeDtypeStruct((batch, kv_heads, *shape), dtype)
         for shape, dtype in (
@@ -234,8 +252,8 @@ def prepare_query(
         functools.partial(_kernel, sizes=sizes, has_centroid=query_centroid is not None),
         name="prepare_query",
         grid=(batch * kv_heads, PARTS + pl.cdiv(count, CENTROIDS)),
-        in_specs=[whole(seed), per_sequence, per_sequence, head(query), head(keys), whole(rotation)]
+        in_specs=[whole(seed), whole(layer), per_sequence, per_sequence, head(query), head(keys), whole(rotation)]
         + [head(x) for x in by_head],
         out_specs=[head(x) for x in out_shape],
         out_shape=out_shape,
-    )(seed, quantized, length, query, keys, rotation, *by_head)
+    )(seed, layer, quantized, length, query, keys, rotation, *by_head)

@@ -20,7 +20,7 @@ def random_bits(seed, counter, stream=0):
       stream: uint32 scalar, the counter's high word: other numbers under the same seed.
     """
     keys = (seed[0], seed[1], seed[0] ^ seed[1] ^ jnp.uint32(PARITY))
-    high, low = jnp.zeros_like(counter) + (keys[0] + jnp.uint32(stream)), counter + keys[1]
+    high, low = jnp.zeros_like(counter) + (keys[0] + jnp.asarray(stream).astype(jnp.uint32)), counter + keys[1]
     for i in range(5):
         for rotation in ROTATIONS[i % 2]:
             high = high + low

@@ -70,13 +70,11 @@ def _attend_and_verify(query, cache: LayerCache, config: RaBitQConfig, softmax_s
     return attend_certified(query, quantized, exact_lse, cache, config, softmax_scale)
 
 
-def attend_selected(
-    query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, layer: int = 0
-):
+def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, layer: int = 0):
     """Attention of one token over those that config.selection chooses; arguments as of `selection.choose_tokens`.
 
     Returns:
-      float32 [B,K,G,D], the selection, and stats.
+      [B,K,G,D], the selection, and stats.
     """
     if config.selection == "plain":
         with jax.named_scope("select_tokens"):
@@ -84,7 +82,7 @@ def attend_selected(
         with jax.named_scope("gathered_attention"):
             out = gathered_attention(
                 query, cache.keys, cache.values, selection.indices, selection.counts,
-                softmax_scale=softmax_scale, implementation=config.attend,
+                softmax_scale=softmax_scale, dtype=query.dtype, implementation=config.attend,
             )  # fmt: skip
         read, verified = selection.counts, {}
     else:

@@ -7,7 +7,9 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.append_token import append_token
 from rabitq_jax import rotation
+from rabitq_jax._dispatch import select
 from rabitq_jax.codes import KeyCodes
 from rabitq_jax.config import RaBitQConfig
 
@@ -172,18 +174,37 @@ def init_cache(
     return Cache(layers=tuple(layers), rotation_seed=jnp.uint32(seed))
 
 
-def append(cache: LayerCache, keys: jax.Array, values: jax.Array, new_tokens: jax.Array) -> LayerCache:
+def append_reference(held_keys, held_values, keys, values, length, new_tokens):
+    """What `append` does to keys and values [B,K,T,D], in plain jnp: its definition."""
+    offset = jnp.arange(keys.shape[1])
+    slot = jnp.where(offset < new_tokens[:, None], length[:, None] + offset, held_keys.shape[2])
+    sequence = jnp.arange(keys.shape[0])[:, None]
+    write = lambda held, new: held.at[sequence, :, slot].set(new.astype(held.dtype), mode="drop")  # noqa: E731
+    return write(held_keys, keys), write(held_values, values)
+
+
+def _append_pallas(held_keys, held_values, keys, values, length, new_tokens):
+    if keys.shape[1] > 1:
+        raise NotImplementedError(f"the kernel appends one token, got {keys.shape[1]}")
+    return append_token(held_keys, held_values, keys[:, 0], values[:, 0], length, new_tokens)
+
+
+APPEND_IMPLEMENTATIONS = {"xla": append_reference, "pallas": _append_pallas}
+
+
+def append(
+    cache: LayerCache, keys: jax.Array, values: jax.Array, new_tokens: jax.Array, *, implementation: str | None = None
+) -> LayerCache:
     """Write new tokens behind those that are held; nothing is quantized.
 
     Args:
       keys, values: [B,N,K,D]; the first new_tokens[b] of sequence b are real, the rest is padding and not written.
       new_tokens: int32 [B]. Tokens past the capacity are dropped: callers check the capacity before.
+      implementation: "xla", "pallas" or None.
+
+    Raises:
+      NotImplementedError: the kernel takes one token.
     """
-    batch, chunk = keys.shape[:2]
-    offset = jnp.arange(chunk)
-    slot = jnp.where(offset < new_tokens[:, None], cache.length[:, None] + offset, cache.capacity)
-    sequence = jnp.arange(batch)[:, None]
-    write = lambda held, new: held.at[sequence, :, slot].set(new.astype(held.dtype), mode="drop")  # noqa: E731
-    return dataclasses.replace(
-        cache, keys=write(cache.keys, keys), values=write(cache.values, values), length=cache.length + new_tokens
-    )
+    write = select(APPEND_IMPLEMENTATIONS, implementation, gpu="pallas" if keys.shape[1] == 1 else "xla")
+    held_keys, held_values = write(cache.keys, cache.values, keys, values, cache.length, new_tokens)
+    return dataclasses.replace(cache, keys=held_keys, values=held_values, length=cache.length + new_tokens)

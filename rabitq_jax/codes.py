@@ -110,9 +110,7 @@ def encode_keys(keys, centroid, rotation, query_centroid=None):
     return pack_bits(rotated > 0), scale, bias
 
 
-def quantize_query(
-    query, rotation, query_centroid, *, rounding: QueryRounding, key=None, layer: int = 0
-) -> Int4Query:
+def quantize_query(query, rotation, query_centroid, *, rounding: QueryRounding, key=None, layer: int = 0) -> Int4Query:
     """Rotate queries and quantize them to signed INT4.
 
     Args:

@@ -210,7 +210,9 @@ def decode_steps(
         state, layers, lengths = carried
         cache = dataclasses.replace(state.cache, layers=_join_lengths(layers, lengths))
         active = ~state.finished & (state.step < stop)
-        state = _decode_step(model, dataclasses.replace(state, cache=cache), active, key, config, sampling, eos_token_ids)
+        state = _decode_step(
+            model, dataclasses.replace(state, cache=cache), active, key, config, sampling, eos_token_ids
+        )
         layers, lengths = _split_lengths(state.cache.layers)
         return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=())), layers, lengths
 

@@ -9,7 +9,7 @@ from rabitq_jax._dispatch import select
 TILE = 256
 
 
-def gathered_attention_reference(query, keys, values, indices, counts, *, softmax_scale: float):
+def gathered_attention_reference(query, keys, values, indices, counts, *, softmax_scale: float, dtype):
     """`gathered_attention` in tiles of the index list, with a running softmax: its definition.
 
     The work follows the longest list of the batch.
@@ -25,7 +25,7 @@ def gathered_attention_reference(query, keys, values, indices, counts, *, softma
         return new_peak, total, out
 
     _, total, out = jax.lax.fori_loop(0, tiles.count, attend_tile, tiles.start())
-    return jnp.where(counts[..., None, None] == 0, 0.0, out / total[..., None])
+    return jnp.where(counts[..., None, None] == 0, 0.0, out / total[..., None]).astype(dtype)
 
 
 class Tiles:
@@ -72,7 +72,9 @@ def rescale(peak, total, logits, valid):
 IMPLEMENTATIONS = {"xla": gathered_attention_reference, "pallas": gathered_attention_kernel.gathered_attention}
 
 
-def gathered_attention(query, keys, values, indices, counts, *, softmax_scale: float, implementation=None) -> jax.Array:
+def gathered_attention(
+    query, keys, values, indices, counts, *, softmax_scale: float, dtype=jnp.float32, implementation=None
+) -> jax.Array:
     """softmax(softmax_scale q K[indices]^T) V[indices] for each query head.
 
     Args:
@@ -81,10 +83,11 @@ def gathered_attention(query, keys, values, indices, counts, *, softmax_scale: f
       indices: int32 [B,K,S], token numbers in [0, T); entries at or past `counts` are ignored.
       counts: int32 [B,K], from 0 to S.
       softmax_scale: factor from <q, k> to a logit.
+      dtype: of the result; sums are float32.
       implementation: "xla", "pallas" or None.
 
     Returns:
-      float32 [B,K,G,D]; zero where the list is empty; NaN where an attended logit is not finite.
+      [B,K,G,D]; zero where the list is empty; NaN where an attended logit is not finite.
 
     Raises:
       ValueError: shapes disagree.
@@ -93,4 +96,4 @@ def gathered_attention(query, keys, values, indices, counts, *, softmax_scale: f
     if query.shape[-1] != keys.shape[-1] or keys.shape != values.shape:
         raise ValueError(f"head dimensions differ: query {query.shape}, keys {keys.shape}, values {values.shape}")
     attend = select(IMPLEMENTATIONS, implementation, gpu="pallas")
-    return attend(query, keys, values, indices, counts, softmax_scale=softmax_scale)
+    return attend(query, keys, values, indices, counts, softmax_scale=softmax_scale, dtype=dtype)

@@ -254,8 +254,8 @@ def _padded_size(tokens: int) -> int:
 
 
 def _steps_per_call(max_new_tokens: int) -> int:
-    """Decode steps of a call, a power of two. A GPU is sent a few at a time: a call costs the host a millisecond or two,
-    which must not be paid for each token of a fast model. Those after the last token are wasted."""
+    """Decode steps of a call, a power of two. A GPU is sent a few at a time: a call costs the host a millisecond or
+    two, which must not be paid for each token of a fast model. Those after the last token are wasted."""
     return min(8, 1 << (max_new_tokens - 1).bit_length()) if on_gpu() else 1
 
 

@@ -16,7 +16,11 @@ from rabitq_jax.top_p import Selection, select_top_p
 
 
 def choose_tokens(
-    query: jax.Array, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key: jax.Array | None,
+    query: jax.Array,
+    cache: LayerCache,
+    config: RaBitQConfig,
+    softmax_scale: float,
+    prng_key: jax.Array | None,
     layer: int = 0,
 ) -> Selection:
     """Estimate the logits of all tokens that have codes, and choose by plain Top-p.
@@ -56,7 +60,11 @@ def choose_tokens(
 
 
 def quantize_and_sum(
-    query: jax.Array, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key: jax.Array | None,
+    query: jax.Array,
+    cache: LayerCache,
+    config: RaBitQConfig,
+    softmax_scale: float,
+    prng_key: jax.Array | None,
     layer: int = 0,
 ) -> tuple[key_codes.Int4Query, jax.Array]:
     """The queries in INT4, and the log-sum-exp of the exact tokens, float32 [B,K,G]: -inf for p over the scored tokens.
@@ -65,8 +73,12 @@ def quantize_and_sum(
     """
     assert cache.codes is not None
     quantized = key_codes.quantize_query(
-        query, cache.codes.rotation, cache.codes.query_centroid,
-        rounding=config.query_rounding, key=prng_key, layer=layer,
+        query,
+        cache.codes.rotation,
+        cache.codes.query_centroid,
+        rounding=config.query_rounding,
+        key=prng_key,
+        layer=layer,
     )
     exact_lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
     if config.top_p_scope == "all":
@@ -83,8 +95,14 @@ def _choose_mosaic(query, cache: LayerCache, config: RaBitQConfig, softmax_scale
     batch, kv_heads, group = query.shape[:3]
     zeros = mosaic_top_p.zeros(batch, kv_heads, group, padded_heads(group), cache.capacity)
     prepared = prepare_query(
-        query, cache, config,
-        softmax_scale=softmax_scale, prng_key=prng_key, layer=layer, zeros=zeros, implementation="pallas",
+        query,
+        cache,
+        config,
+        softmax_scale=softmax_scale,
+        prng_key=prng_key,
+        layer=layer,
+        zeros=zeros,
+        implementation="pallas",
     )
     indices, counts, scored, mass = mosaic_top_p.score_and_select(
         prepared.planes, prepared.factors, prepared.base, prepared.shift, prepared.exact_lse, prepared.zeros,

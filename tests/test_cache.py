@@ -103,6 +103,30 @@ def test_append_is_ragged_and_writes_nothing_else():
     assert got.length.tolist() == (start + new).tolist()
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize("head_dim", [20, 64])
+def test_append_kernel_matches_definition(head_dim):
+    """One token each: for an empty cache, a held one, one that gets none, one that is full."""
+    empty = init_layer_cache(**(SIZES | {"batch": 4, "head_dim": head_dim}), config=None)
+    held = jax.random.normal(jax.random.key(0), (2, *empty.keys.shape), jnp.bfloat16)
+    cache = dataclasses.replace(empty, keys=held[0], values=held[1], length=jnp.array([0, 100, 7, 512]))
+    token = jax.random.normal(jax.random.key(1), (2, 4, 1, 2, head_dim))
+    new = jnp.array([1, 1, 0, 1])
+    want, got = (
+        jax.jit(append, static_argnames="implementation")(cache, *token, new, implementation=name)
+        for name in ("xla", "pallas")
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert np.any(np.asarray(got.keys != cache.keys))
+
+
+def test_append_kernel_takes_one_token():
+    cache = init_layer_cache(**SIZES, config=None)
+    chunk = jnp.zeros((2, 3, 2, 20))
+    with pytest.raises(NotImplementedError, match="appends one token, got 3"):
+        append(cache, chunk, chunk, jnp.array([3, 3]), implementation="pallas")
+
+
 def test_append_casts_to_the_cache():
     cache = init_layer_cache(**SIZES, config=None)
     chunk = jnp.full((2, 1, 2, 20), 1 + 2**-10, jnp.float32)

@@ -103,6 +103,11 @@ def test_verified_attention(shape, dtype, tolerance):
     assert np.all(np.asarray(log_attended)[~busy] == -np.inf)
     for name in ("missed", "variance", "information", "score"):
         x, y = (np.asarray(getattr(sums, name))[busy] for sums in (found, want[3]))
+        if name in ("information", "score"):
+            # A token whose tau rounding takes across 0.5 is in one sum and not in the other.
+            close = np.isclose(x, y, rtol=2e-3, atol=1e-4 * np.abs(y).mean())
+            assert np.mean(~close) < 0.1 and np.abs(x - y)[~close].max(initial=0) < 1, name
+            continue
         np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-4 * np.abs(y).mean(), err_msg=name)
 
 

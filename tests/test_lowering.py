@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 from benchmarks.shapes import Shape
 from pallas_kernels import _pallas
 from rabitq_jax import attention, codes, gathered_attention, scores, top_p
-from rabitq_jax.cache import init_layer_cache
+from rabitq_jax.cache import append, init_layer_cache
 from rabitq_jax.config import RaBitQConfig
 from tests.kernel_cases import score_inputs
 
@@ -64,6 +64,14 @@ def test_gathered_attention_lowers(shape, dtype, monkeypatch):
     query = array(*rows, shape.group, shape.head_dim, dtype=dtype)
     text = kernel_text(monkeypatch, attend, query, kv, kv, indices, counts)
     assert "gathered_attention" in text and "combine_splits" in text
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_append_lowers(shape, monkeypatch):
+    layer = jax.eval_shape(lambda: init_layer_cache(shape.batch, shape.tokens, shape.kv_heads, shape.head_dim, None))
+    token, new = array(shape.batch, 1, shape.kv_heads, shape.head_dim), array(shape.batch, dtype=jnp.int32)
+    append_kernel = functools.partial(append, implementation="pallas")
+    assert "append_token" in kernel_text(monkeypatch, append_kernel, layer, token, token, new)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
