@@ -71,7 +71,7 @@ def measure(case: Case, config: RaBitQConfig, bandwidth: float) -> Iterator[dict
 def prepared(query: jax.Array, cache: LayerCache, config: RaBitQConfig) -> PreparedQuery:
     """The queries [B,K,G,D] as `select` prepares them."""
     batch, kv_heads, group, head_dim = query.shape
-    zeros = mosaic_top_p.zeros(batch, kv_heads, group, padded_heads(group), cache.capacity)
+    zeros = mosaic_top_p.zeros(batch, kv_heads, padded_heads(group), cache.capacity)
     return prepare_query(
         query, cache, config, softmax_scale=head_dim**-0.5, prng_key=jax.random.key(ROUNDING_KEY), zeros=zeros
     )

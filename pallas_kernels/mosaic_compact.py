@@ -26,22 +26,22 @@ from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT, PLACES, State
 LANE_BINS = BINS // 32
 LANE_TOKENS = 16
 PASS_TOKENS = LANE_TOKENS * m.WARPGROUP
-# Passes of a block: so many that the blocks fill the device, and that their loads fit into registers.
-BLOCKS, LARGEST_PASSES, PASS_LOADS = 1024, 4, 16
+# Passes of a block: so many that the blocks are on the device all at once, and still fill it.
+BLOCKS, LARGEST_PASSES = 512, 8
 LOG2_E = math.log2(math.e)
 # Relative error that places, rounded to 1/512 of a bin, and float32 sums can make.
 SLACK = 1e-3
 
 
-def passes(rows: int, tokens: int, group: int) -> int:
+def passes(rows: int, tokens: int) -> int:
     """Passes of `PASS_TOKENS` tokens that a block makes."""
     wanted = rows * tokens // (PASS_TOKENS * BLOCKS)
-    return max(1, min(wanted, LARGEST_PASSES, PASS_LOADS // group))
+    return max(1, min(wanted, LARGEST_PASSES))
 
 
-def blocks(rows: int, tokens: int, group: int) -> int:
+def blocks(rows: int, tokens: int) -> int:
     """Blocks of a row."""
-    return -(-tokens // (PASS_TOKENS * passes(rows, tokens, group)))
+    return -(-tokens // (PASS_TOKENS * passes(rows, tokens)))
 
 
 def compact(bins, base, exact_lse, state, quantized, length, *, sink: int, top_p: float):
@@ -60,8 +60,8 @@ def compact(bins, base, exact_lse, state, quantized, length, *, sink: int, top_p
     batch, kv_heads, group, quarter = bins.shape
     rows, heads, tokens = batch * kv_heads, base.shape[2], 4 * quarter
     sizes = _Sizes(
-        kv_heads=kv_heads, group=group, heads=heads, tokens=tokens, passes=passes(rows, tokens, group),
-        blocks=blocks(rows, tokens, group), state_words=state.shape[-1], sink=sink, top_p=float(top_p),
+        kv_heads=kv_heads, group=group, heads=heads, tokens=tokens, passes=passes(rows, tokens),
+        blocks=blocks(rows, tokens), state_words=state.shape[-1], sink=sink, top_p=float(top_p),
     )  # fmt: skip
     out = functools.partial(jax.ShapeDtypeStruct, (batch, kv_heads, heads))
     return m.call(
@@ -74,7 +74,7 @@ def compact(bins, base, exact_lse, state, quantized, length, *, sink: int, top_p
             out(jnp.float32),
         ),
         blocks=rows * sizes.blocks,
-        shared_words=heads + 4 * sizes.passes + 1,
+        shared_words=heads + (m.WARPGROUP + 4) * sizes.passes + 4,
     )(bins, base, exact_lse, quantized, length, state)
 
 
@@ -97,7 +97,8 @@ class _Sizes:
 
 def _kernel(sizes: _Sizes, bins, base, exact_lse, quantized, length, state, indices, counts, scored, mass, shared):
     """bins [R,G,T/4], base and exact_lse [R,H], quantized and length [B], state [R,Z]; indices [R,T], counts
-    [R], scored and mass [R,H]; shared memory: kept bins [H], kept tokens of each warp [passes,4], the block's place."""
+    [R], scored and mass [R,H]; shared memory: kept bins [H], bits of each thread [passes,128], kept tokens of each warp
+    [passes,4], the block's place."""
     row = m.divide(m.block_index(), sizes.blocks)
     block = m.subtract(m.block_index(), m.multiply(row, sizes.blocks))
     start = m.multiply(block, sizes.block_tokens)
@@ -107,10 +108,10 @@ def _kernel(sizes: _Sizes, bins, base, exact_lse, quantized, length, state, indi
     shared = m.shared_address(shared)
 
     def run():
-        words = _load_bins(sizes, bins, row, start)
+        first_words = _load_bins(sizes, bins, row, start, 0)
         _thresholds(sizes, row, block, base, exact_lse, state, scored, mass, shared)
         m.barrier()
-        masks = _masks(sizes, words, start, quantized, length, shared)
+        masks = _masks(sizes, bins, row, first_words, start, quantized, length, shared)
         place, total = _places(sizes, masks, block, state, shared)
         first = m.multiply(row, sizes.tokens)
         for i, (mask, at) in enumerate(zip(masks, place, strict=True)):
@@ -122,21 +123,19 @@ def _kernel(sizes: _Sizes, bins, base, exact_lse, quantized, length, state, indi
     m.when(m.either(m.less(start, length), m.less(block, 1)), run)
 
 
-def _token(start, i: int):
+def _token(start, i):
     """First token of this thread in pass i."""
-    return m.add(m.add(start, i * PASS_TOKENS), m.multiply(m.thread_index(), LANE_TOKENS))
+    return m.add(m.add(start, m.multiply(i, PASS_TOKENS)), m.multiply(m.thread_index(), LANE_TOKENS))
 
 
-def _load_bins(sizes: _Sizes, bins, row, start):
-    """Words of this thread's tokens, [pass][head][word]."""
-
-    def load(i, head):
-        # A block may reach past the capacity, where no token is attended.
-        token = m.minimum_signed(_token(start, i), sizes.tokens - LANE_TOKENS)
-        word = m.multiply(m.add(m.multiply(row, sizes.group), head), sizes.tokens // 4)
-        return m.load(m.address(bins, m.add(word, m.right(token, 2))), words=4)
-
-    return [[load(i, head) for head in range(sizes.group)] for i in range(sizes.passes)]
+def _load_bins(sizes: _Sizes, bins, row, start, i):
+    """Words of this thread's tokens in pass i, 4 for each head in turn."""
+    # A block may reach past the capacity, where no token is attended.
+    token = m.minimum_signed(_token(start, i), sizes.tokens - LANE_TOKENS)
+    head_words = sizes.tokens // 4
+    word = m.add(m.multiply(m.multiply(row, sizes.group), head_words), m.right(token, 2))
+    at = m.address(bins, word)
+    return [w for head in range(sizes.group) for w in m.load(at, words=4, offset=4 * head_words * head)]
 
 
 def _thresholds(sizes: _Sizes, row, block, base, exact_lse, state, scored, mass, shared):
@@ -269,8 +268,8 @@ def _from_key(key):
     return m.select(m.less(key, 1), float("-inf"), m.as_float(bits))
 
 
-def _masks(sizes: _Sizes, words, start, quantized, length, shared):
-    """16 bits a thread and pass: tokens that are attended."""
+def _masks(sizes: _Sizes, bins, row, words, start, quantized, length, shared):
+    """16 bits a thread, for each pass: tokens that are attended. `words` are those of the first pass."""
     # Byte x is at least k if, of its high bit and the carry of the lower bits into it, one is set (k < 128), or both.
     # For k = 256 none is.
     compare = []
@@ -279,13 +278,14 @@ def _masks(sizes: _Sizes, words, start, quantized, length, shared):
         addend = m.multiply(m.subtract(128, m.bit_and(kept, 127)), 0x01010101)
         compare.append((m.select(m.less(kept, 256), addend, 0), m.select(m.less(kept, 128), 0xFFFFFFFF, 0)))
 
-    def mask(i, by_head):
+    def mask(i, words):
         nibbles = []
         for word in range(LANE_TOKENS // 4):
             dropped = m.value(0x80808080)
-            for (addend, either), four in zip(compare, by_head, strict=True):
-                carries = m.add(m.bit_and(four[word], 0x7F7F7F7F), addend)
-                dropped = m.bit_and(dropped, m.majority(carries, four[word], either))
+            for head, (addend, either) in enumerate(compare):
+                four = words[LANE_TOKENS // 4 * head + word]
+                carries = m.add(m.bit_and(four, 0x7F7F7F7F), addend)
+                dropped = m.bit_and(dropped, m.majority(carries, four, either))
             kept = m.right(m.bit_xor(dropped, 0x80808080), 7)
             # The lowest bits of four bytes, side by side.
             nibbles.append(m.right(m.multiply(kept, 0x01020408), 24))
@@ -296,7 +296,18 @@ def _masks(sizes: _Sizes, words, start, quantized, length, shared):
         is_scored = m.bit_and(coded, m.bit_xor(sinks, 0xFFFF))
         return m.bit_and(held, m.bit_or(bits, m.bit_xor(is_scored, 0xFFFF)))
 
-    return [mask(i, by_head) for i, by_head in enumerate(words)]
+    if sizes.passes == 1:
+        return [mask(0, words)]
+    # In a loop, with the next pass's words under way: all at once, they take so many registers that few blocks fit.
+    mine = m.add(shared, m.left(m.add(m.thread_index(), sizes.heads), 2))
+
+    def one_pass(i, words):
+        following = _load_bins(sizes, bins, row, start, m.minimum_signed(m.add(i, 1), sizes.passes - 1))
+        m.store_shared(m.add(mine, m.multiply(i, 4 * m.WARPGROUP)), [mask(i, words)])
+        return following
+
+    m.loop(sizes.passes, words, one_pass)
+    return [m.load_shared(mine, offset=4 * m.WARPGROUP * i)[0] for i in range(sizes.passes)]
 
 
 def _bits_below(limit, token):
@@ -308,7 +319,7 @@ def _bits_below(limit, token):
 def _places(sizes: _Sizes, masks, block, state, shared):
     """Where in the row's list each pass of this thread begins, and the list's length behind this block."""
     warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), 31)
-    totals = m.add(shared, 4 * sizes.heads)
+    totals = m.add(shared, 4 * (sizes.heads + m.WARPGROUP * sizes.passes))
     counts, through = [m.count_ones(mask) for mask in masks], []
     for i, count in enumerate(counts):
         for lanes in (1, 2, 4, 8, 16):

@@ -15,9 +15,9 @@ def takes(bits, key_centroids) -> bool:
     return mosaic_score_bins.takes(tokens, words, key_centroids.shape[2])
 
 
-def zeros(batch: int, kv_heads: int, group: int, heads: int, tokens: int) -> int:
+def zeros(batch: int, kv_heads: int, heads: int, tokens: int) -> int:
     """Words a kv head that `score_and_select` counts in."""
-    return mosaic_score_bins.state_words(heads, mosaic_compact.blocks(batch * kv_heads, tokens, group))
+    return mosaic_score_bins.state_words(heads, mosaic_compact.blocks(batch * kv_heads, tokens))
 
 
 def score_and_select(

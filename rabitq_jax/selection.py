@@ -93,7 +93,7 @@ def _choose_mosaic(query, cache: LayerCache, config: RaBitQConfig, softmax_scale
     codes = cache.codes
     assert codes is not None
     batch, kv_heads, group = query.shape[:3]
-    zeros = mosaic_top_p.zeros(batch, kv_heads, group, padded_heads(group), cache.capacity)
+    zeros = mosaic_top_p.zeros(batch, kv_heads, padded_heads(group), cache.capacity)
     prepared = prepare_query(
         query,
         cache,

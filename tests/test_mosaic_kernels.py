@@ -61,7 +61,7 @@ def prepared(levels, gain, base, shift):
 
 
 def zeros(shape):
-    size = mosaic_top_p.zeros(shape.batch, shape.kv_heads, shape.group, padded_heads(shape.group), shape.tokens)
+    size = mosaic_top_p.zeros(shape.batch, shape.kv_heads, padded_heads(shape.group), shape.tokens)
     return jnp.zeros((shape.batch, shape.kv_heads, size), jnp.int32)
 
 
@@ -271,12 +271,21 @@ def kept_bins(places, counts, above, base, peak, exact_lse, top_p):
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
 @pytest.mark.parametrize(
-    "shape", [Shape(2, 2, 5, 10240, 128), Shape(3, 1, 1, 1536, 128), Shape(1, 1, 1, 81920, 128)], ids=str
+    "shape,device_blocks",
+    [
+        (Shape(2, 2, 5, 10240, 128), 512),
+        (Shape(2, 2, 5, 10240, 128), 6),
+        (Shape(3, 1, 1, 1536, 128), 512),
+        (Shape(1, 1, 1, 81920, 128), 512),
+        (Shape(1, 1, 1, 81920, 128), 8),
+    ],
+    ids=str,
 )
-def test_compact_in_an_emulator(shape, top_p, monkeypatch):
-    """Several blocks, more than a warp counts at a time; every bin; rows with none and one scored token; exact tokens
-    that hold nothing, much and all."""
+def test_compact_in_an_emulator(shape, device_blocks, top_p, monkeypatch):
+    """One pass a block and several; several blocks, more than a warp counts at a time; every bin; rows with none and
+    one scored token; exact tokens that hold nothing, much and all."""
     emulate(monkeypatch)
+    monkeypatch.setattr(mosaic_compact, "BLOCKS", device_blocks)
     rng = np.random.default_rng(0)
     heads = (shape.batch, shape.kv_heads, shape.group)
     quantized = jnp.array([shape.tokens - 100, 0, 200][: shape.batch])
