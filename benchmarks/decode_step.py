@@ -35,6 +35,7 @@ def measure(model: Llama, config: RaBitQConfig, bandwidth: float, *, batch: int,
     definition, params = ModelDefinition.split(model)
     state, masses = planted_state(model, config, batch=batch, tokens=tokens, share=share)
     sparse, state = step_times(definition, params, state, config)
+    traced, state = traced_step(definition, params, state, config)
     check("the model (outputs that are not finite)", 1 - float(state.finite.mean()), 0)
     kept = state.stats.kept[:, 0]
     sparse_bytes = weight_bytes(model) + cache_bytes(state.cache, config, kept)
@@ -45,6 +46,7 @@ def measure(model: Llama, config: RaBitQConfig, bandwidth: float, *, batch: int,
         "kept": float((kept[:, config.dense_layers :].mean(axis=(1, 2)) / state.stats.length[:, 0]).mean()),
         **masses,
         **walls(sparse, sparse_bytes, bandwidth),
+        **traced,
         "dense": {"xla": walls(dense, dense_bytes, bandwidth)},
         "rest": walls(rest, weight_bytes(model), bandwidth),
     }
@@ -111,8 +113,23 @@ def without_codes(state: DecodeState) -> DecodeState:
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=layers))
 
 
-def step_times(definition, params, state: DecodeState, config: RaBitQConfig | None):
+def step_times(definition, params, state: DecodeState, config: RaBitQConfig | None, **options):
     """Wall time of a step, and the state after it, which is where it was."""
+    return timing.step_times(repeated(definition, config), state, params, steps=STEPS, **options)
+
+
+def traced_step(definition, params, state: DecodeState, config: RaBitQConfig) -> tuple[dict, DecodeState]:
+    """What the device does in a step, and what the step takes without CUDA graphs."""
+    if not on_gpu():
+        return {}, state
+    line, state = timing.timeline(repeated(definition, config), state, params, steps=STEPS)
+    options = {"compiler_options": timing.NO_CUDA_GRAPHS}
+    without, state = step_times(definition, params, state, config, **options)
+    return {"timeline": dataclasses.asdict(line), "without_graphs": {"wall_us": dataclasses.asdict(without)}}, state
+
+
+def repeated(definition, config: RaBitQConfig | None):
+    """A decode step that leaves the state where it was."""
 
     def step(_, state, params):
         after, _ = decode_steps(
@@ -121,7 +138,7 @@ def step_times(definition, params, state: DecodeState, config: RaBitQConfig | No
         )  # fmt: skip
         return rewound(after, state)
 
-    return timing.step_times(step, state, params, steps=STEPS)
+    return step
 
 
 def rewound(after: DecodeState, before: DecodeState) -> DecodeState:

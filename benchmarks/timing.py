@@ -8,7 +8,9 @@ Without a GPU there is nothing to ask CUPTI: kernel time is then the clock's, of
 """
 
 import dataclasses
+import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -103,20 +105,23 @@ def read(buffer: jax.Array, *, name: str) -> jax.Array:
     )(buffer)
 
 
-def step_times(step: Callable, state, *constants, steps: int | None = None) -> tuple[Times, object]:
+# XLA records kernels in CUDA graphs where as many follow each other.
+NO_CUDA_GRAPHS = {"xla_gpu_graph_min_graph_size": 1 << 30}
+
+
+def step_times(
+    step: Callable, state, *constants, steps: int | None = None, compiler_options: dict | None = None
+) -> tuple[Times, object]:
     """Wall time of a step in a jitted loop, and the state after the last one.
 
     Args:
       step: (i, state, *constants) -> state, whose every part hangs on the step before; see `after`.
       state: consumed: its buffers are reused.
       steps: in one loop; `STEPS` by default.
+      compiler_options: of XLA, such as `NO_CUDA_GRAPHS`.
     """
     steps = STEPS if steps is None else steps
-
-    def loop(state, constants):
-        return jax.lax.fori_loop(0, steps, lambda i, state: step(i, state, *constants), state)
-
-    run = jax.jit(loop, donate_argnums=0)
+    run = _loop(step, steps, compiler_options)
     state = jax.block_until_ready(run(state, constants))
     microseconds = []
     for _ in range(REPEATS):
@@ -124,6 +129,62 @@ def step_times(step: Callable, state, *constants, steps: int | None = None) -> t
         state = jax.block_until_ready(run(state, constants))
         microseconds.append(1e6 * (time.perf_counter() - begin) / steps)
     return Times.of(microseconds), state
+
+
+def _loop(step: Callable, steps: int, compiler_options: dict | None = None):
+    def loop(state, constants):
+        return jax.lax.fori_loop(0, steps, lambda i, state: step(i, state, *constants), state)
+
+    return jax.jit(loop, donate_argnums=0, compiler_options=compiler_options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """What a device does in a step; microseconds and numbers are a step's share.
+
+    Attributes:
+      busy_us: some kernel or copy runs.
+      launches: kernels and copies.
+      in_graphs: share of these that CUDA graphs launched.
+      to_host: copies to the host, each of which the host waits for.
+      kernels_us: the times of all kernels of one name, longest first.
+    """
+
+    busy_us: float
+    launches: float
+    in_graphs: float
+    to_host: float
+    kernels_us: dict[str, float]
+
+
+def timeline(step: Callable, state, *constants, steps: int) -> tuple[Timeline, object]:
+    """The timeline of a step, from XLA's profiler, and the state after; arguments as of `step_times`, on a GPU."""
+    run = _loop(step, steps)
+    state = jax.block_until_ready(run(state, constants))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            state = jax.block_until_ready(run(state, constants))
+        (profile,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(profile)).planes
+        lines = [line for plane in planes if "/device:GPU" in plane.name for line in plane.lines]
+        events = [
+            (event.start_ns, event.end_ns, event.name, "cuda_graph_id" in dict(event.stats))
+            for line in lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+    busy, until = 0, 0
+    kernels: dict[str, float] = {}
+    for start, end, name, _ in sorted(events):
+        busy, until = busy + max(0, end - max(start, until)), max(end, until)
+        kernels[name] = kernels.get(name, 0) + (end - start) / 1000 / steps
+    return Timeline(
+        busy_us=busy / 1000 / steps,
+        launches=len(events) / steps,
+        in_graphs=sum(event[3] for event in events) / len(events),
+        to_host=sum(name == "MemcpyD2H" for _, _, name, _ in events) / steps,
+        kernels_us=dict(sorted(kernels.items(), key=lambda item: -item[1])),
+    ), state
 
 
 def after(array: jax.Array, result) -> jax.Array:
