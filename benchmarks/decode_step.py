@@ -8,6 +8,7 @@ at the same place, and its queries are those for which heavy tokens were planted
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import click
 import jax
@@ -25,6 +26,7 @@ from benchmarks.suite import announce_device, weighed
 from models import Llama
 from rabitq_jax import Cache, RaBitQConfig, Sampling, attention, decoding
 from rabitq_jax._dispatch import on_gpu
+from rabitq_jax.cache import LayerCache
 from rabitq_jax.decoding import DecodeState, ModelDefinition, decode_steps, start_decoding
 
 STEPS = 10
@@ -38,9 +40,9 @@ def measure(model: Llama, config: RaBitQConfig, bandwidth: float, *, batch: int,
     traced, state = traced_step(definition, params, state, config)
     check("the model (outputs that are not finite)", 1 - float(state.finite.mean()), 0)
     kept = state.stats.kept[:, 0]
-    sparse_bytes = weight_bytes(model) + cache_bytes(state.cache, config, kept)
+    sparse_bytes = weight_bytes(model) + cache_bytes(state.cache.layer_caches(), config, kept)
     dense, state = step_times(definition, params, without_codes(state), None)
-    dense_bytes = weight_bytes(model) + cache_bytes(state.cache, config, state.stats.kept[:, 0])
+    dense_bytes = weight_bytes(model) + cache_bytes(state.cache.layer_caches(), config, state.stats.kept[:, 0])
     rest = rest_times(definition, params, state, model.config.num_layers)
     return {
         "kept": float((kept[:, config.dense_layers :].mean(axis=(1, 2)) / state.stats.length[:, 0]).mean()),
@@ -52,10 +54,10 @@ def measure(model: Llama, config: RaBitQConfig, bandwidth: float, *, batch: int,
     }
 
 
-def cache_bytes(cache: Cache, config: RaBitQConfig, kept: jax.Array) -> float:
+def cache_bytes(layers: Sequence[LayerCache], config: RaBitQConfig, kept: jax.Array) -> float:
     """Bytes that a step which attends `kept` tokens, int32 [B,L,K], reads of the caches."""
-    codes = sum(code_bytes(layer, config.sink) for layer in cache.layers if layer.codes is not None)
-    return codes + attention_bytes(cache.layers[0], int(kept.sum()))
+    codes = sum(code_bytes(layer, config.sink) for layer in layers if layer.codes is not None)
+    return codes + attention_bytes(layers[0], int(kept.sum()))
 
 
 def walls(times: timing.Times, bytes_moved: float, bandwidth: float) -> dict:
@@ -109,7 +111,7 @@ def _attend(query, key, value, cache, config, rounding_key, layer):
 
 def without_codes(state: DecodeState) -> DecodeState:
     """The same state for dense decoding; it shares the buffers."""
-    layers = tuple(dataclasses.replace(layer, codes=None) for layer in state.cache.layers)
+    layers = tuple(layer | {"codes": None} for layer in state.cache.layers)
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=layers))
 
 
@@ -143,11 +145,7 @@ def repeated(definition, config: RaBitQConfig | None):
 
 def rewound(after: DecodeState, before: DecodeState) -> DecodeState:
     """The state after a step, about to decode the same token again."""
-    layers = tuple(
-        dataclasses.replace(new, length=old.length, quantized=old.quantized)
-        for new, old in zip(after.cache.layers, before.cache.layers, strict=True)
-    )
-    cache = dataclasses.replace(after.cache, layers=layers)
+    cache = dataclasses.replace(after.cache, length=before.cache.length, quantized=before.cache.quantized)
     return dataclasses.replace(after, cache=cache, token=before.token, step=before.step, lengths=before.lengths)
 
 
@@ -177,7 +175,7 @@ def check_against_dense(config: RaBitQConfig) -> float:
             definition, params, fed, jax.random.key(0), 1,
             num_steps=1, config=state_config, sampling=Sampling(), eos_token_ids=(),
         )  # fmt: skip
-        new_keys.append(after.cache.layers[-1].keys[:, :, slot])
+        new_keys.append(after.cache.layers[-1]["keys"][:, :, slot])
     return check("a decode step at p = 1", relative_error(*new_keys), 0.05)
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,51 @@ class Cache:
     @property
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopCache:
+    """A `Cache` as a loop carries it: what all layers have in common is there once, not computed and copied for each.
+
+    Attributes:
+      layers: the fields of each layer's `LayerCache`, but for the lengths.
+      length: int32 [B].
+      quantized: int32 [B], of the layers with codes.
+      rotation_seed: as in `Cache`.
+    """
+
+    layers: tuple[dict[str, Any], ...]
+    length: jax.Array
+    quantized: jax.Array
+    rotation_seed: jax.Array
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerCache], rotation_seed: jax.Array) -> "LoopCache":
+        names = [field.name for field in dataclasses.fields(LayerCache) if field.name not in ("length", "quantized")]
+        coded = [layer.quantized for layer in layers if layer.codes is not None]
+        return cls(
+            layers=tuple({name: getattr(layer, name) for name in names} for layer in layers),
+            length=layers[0].length,
+            quantized=(coded or [layers[0].quantized])[0],
+            rotation_seed=rotation_seed,
+        )
+
+    def layer_caches(self) -> tuple[LayerCache, ...]:
+        """The layers' caches, which share their lengths."""
+        none = jnp.zeros_like(self.quantized)
+        return tuple(
+            LayerCache(**layer, length=self.length, quantized=none if layer["codes"] is None else self.quantized)
+            for layer in self.layers
+        )
+
+    def to_cache(self) -> Cache:
+        """The Cache, for use outside of programs: each layer has lengths of its own, so that it can be donated."""
+        layers = (
+            dataclasses.replace(layer, length=jnp.copy(layer.length), quantized=jnp.copy(layer.quantized))
+            for layer in self.layer_caches()
+        )
+        return Cache(layers=tuple(layers), rotation_seed=self.rotation_seed)
 
 
 def round_capacity(tokens: int, config: RaBitQConfig | None) -> int:

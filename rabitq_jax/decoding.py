@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rabitq_jax import attention
-from rabitq_jax.cache import Cache, LayerCache
+from rabitq_jax.cache import Cache, LoopCache
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.sampling import Sampling, sample
 
@@ -72,7 +72,7 @@ class DecodeState:
       stats: StepStats of N steps.
     """
 
-    cache: Cache
+    cache: LoopCache
     token: jax.Array
     finished: jax.Array
     finite: jax.Array
@@ -166,7 +166,7 @@ def start_decoding(
     shape = (batch, num_steps, len(cache.layers))
     verified_stats = {name: jnp.zeros(shape, jnp.float32) for name in VERIFIED} if verified else {}
     return DecodeState(
-        cache=cache,
+        cache=LoopCache.of(cache.layers, cache.rotation_seed),
         token=token,
         finished=jnp.zeros((batch,), bool),
         finite=jnp.all(jnp.isfinite(logits), axis=-1),
@@ -204,43 +204,13 @@ def decode_steps(
       call, which takes the state's buffers, is under way.
     """
     model = definition.merge(params)
-    layers, lengths = _split_lengths(state.cache.layers)
 
-    def step(_, carried):
-        state, layers, lengths = carried
-        cache = dataclasses.replace(state.cache, layers=_join_lengths(layers, lengths))
+    def step(_, state):
         active = ~state.finished & (state.step < stop)
-        state = _decode_step(
-            model, dataclasses.replace(state, cache=cache), active, key, config, sampling, eos_token_ids
-        )
-        layers, lengths = _split_lengths(state.cache.layers)
-        return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=())), layers, lengths
+        return _decode_step(model, state, active, key, config, sampling, eos_token_ids)
 
-    bare = dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=()))
-    state, layers, lengths = jax.lax.fori_loop(0, num_steps, step, (bare, layers, lengths))
-    cache = dataclasses.replace(state.cache, layers=_join_lengths(layers, lengths))
-    copy = jax.tree.map(jnp.copy, (state.tokens, state.lengths, state.finished))
-    return dataclasses.replace(state, cache=cache), copy
-
-
-def _split_lengths(layers: tuple[LayerCache, ...]):
-    """What the layers hold each, as dicts, and what is the same in all: length, and quantized of those with codes.
-
-    A loop that carried these for each layer would compute and copy them for each.
-    """
-    shared = ("length", "quantized")
-    parts = [{f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)} for layer in layers]
-    coded = [layer.quantized for layer in layers if layer.codes is not None]
-    lengths = (layers[0].length, coded[0] if coded else jnp.zeros_like(layers[0].length))
-    return [{name: x for name, x in part.items() if name not in shared} for part in parts], lengths
-
-
-def _join_lengths(parts, lengths) -> tuple[LayerCache, ...]:
-    length, quantized = lengths
-    none = jnp.zeros_like(quantized)
-    return tuple(
-        LayerCache(**part, length=length, quantized=none if part["codes"] is None else quantized) for part in parts
-    )
+    state = jax.lax.fori_loop(0, num_steps, step, state)
+    return state, jax.tree.map(jnp.copy, (state.tokens, state.lengths, state.finished))
 
 
 def _sampling_key(key, step):
@@ -266,7 +236,7 @@ def _decode_step(model, state: DecodeState, active, key, config, sampling, eos_t
 
     length = state.cache.length
     hidden, layers, layer_stats = model(
-        state.token[:, None], length[:, None], length + active, state.cache.layers, attend
+        state.token[:, None], length[:, None], length + active, state.cache.layer_caches(), attend
     )
     logits = model.logits(hidden[:, 0])
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
@@ -277,7 +247,7 @@ def _decode_step(model, state: DecodeState, active, key, config, sampling, eos_t
     goes_on = active & ~finished & room
     following = jnp.minimum(state.step + 1, state.tokens.shape[1] - 1)
     return DecodeState(
-        cache=dataclasses.replace(state.cache, layers=layers),
+        cache=LoopCache.of(layers, state.cache.rotation_seed),
         token=jnp.where(active, token, state.token),
         finished=finished,
         finite=state.finite & (finite | ~active),

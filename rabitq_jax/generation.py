@@ -164,7 +164,7 @@ def generate(
     return Generation(
         tokens=np.where(np.arange(max_new_tokens) < lengths[:, None], generated, 0),
         lengths=lengths,
-        cache=state.cache,
+        cache=state.cache.to_cache(),
         stats=jax.tree.map(lambda x: np.asarray(x)[:, :max_new_tokens], state.stats),
         finite=np.asarray(state.finite),
         prefill_seconds=prefill_watch.seconds,

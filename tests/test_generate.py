@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from models import Llama, LlamaConfig, causal_attention
-from rabitq_jax import RaBitQConfig, Sampling, generate, init_cache
+from rabitq_jax import RaBitQConfig, Sampling, generate, generation, init_cache
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.decoding import ModelDefinition, decode_steps, prefill_chunk, start_decoding
 
@@ -57,6 +57,7 @@ def _whole(sequence):
     return sequence, jnp.arange(sequence.shape[1])[None], jnp.full((1,), sequence.shape[1])
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("config", [None, EXACT], ids=["dense", "p=1"])
 def test_greedy_tokens_equal_those_of_whole_forward_passes(model, config):
     out = generate(model, prompt(120), config, max_new_tokens=16, key=KEY)
@@ -152,6 +153,22 @@ def test_the_same_key_gives_the_same_tokens_and_another_does_not(model):
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
+
+
+def test_calls_of_several_steps_change_nothing(model, monkeypatch):
+    """A sequence that ends within a call, one that goes on to a last call that is not full, and their stats."""
+    prompts = [prompt(40, 1), prompt(33, 2)]
+    free = generate(model, prompts, CONFIG, max_new_tokens=11, key=KEY)
+    eos = int(free.tokens[0, 5])
+    one, several = (run_with_steps(model, prompts, eos, steps, monkeypatch) for steps in (1, 4))
+    assert one.lengths[0] < 11
+    parts = lambda out: (out.tokens, out.lengths, out.finite, out.stats, out.cache.length)  # noqa: E731
+    jax.tree.map(np.testing.assert_array_equal, parts(several), parts(one))
+
+
+def run_with_steps(model, prompts, eos, steps, monkeypatch):
+    monkeypatch.setattr(generation, "_steps_per_call", lambda _: steps)
+    return generate(model, prompts, CONFIG, max_new_tokens=11, key=KEY, eos_token_ids=[eos])
 
 
 def test_streaming_hands_out_the_same_tokens(model):
@@ -287,7 +304,7 @@ def test_300_steps_across_blocks_compile_once(model):
         definition = ModelDefinition.split(model)[0] if step % 100 == 0 else definition
     assert decode_steps._cache_size() == before + 1
     assert state.cache.length.tolist() == [400, 360]
-    assert state.cache.layers[1].quantized.tolist() == [384, 320]
+    assert state.cache.quantized.tolist() == [384, 320]
 
 
 def compile_decode_steps(model, config):
@@ -296,7 +313,7 @@ def compile_decode_steps(model, config):
         definition, params, state, KEY, jnp.int32(8),
         num_steps=8, config=config, sampling=Sampling(), eos_token_ids=(),
     ).compile()  # fmt: skip
-    return compiled, state.cache
+    return compiled, state.cache.to_cache()
 
 
 def copies(compiled, array):
