@@ -71,10 +71,10 @@ def decode_wall(query: jax.Array, cache: LayerCache, config: RaBitQConfig) -> ti
     batch, kv_heads, group, head_dim = query.shape
     new = jax.random.normal(jax.random.key(1), (2, batch, kv_heads, head_dim), query.dtype)
 
-    def step(i, state, new):
+    def step(_, state, new):
         query, cache = state
-        key = jax.random.fold_in(jax.random.key(ROUNDING_KEY), i)
-        out, cache, _ = attention.decode(query, *new, cache, config, prng_key=key)
+        # A model's layers share a step's key.
+        out, cache, _ = attention.decode(query, *new, cache, config, prng_key=jax.random.key(ROUNDING_KEY))
         return timing.after(query, out), cache
 
     flat = query.reshape(batch, kv_heads * group, head_dim)

@@ -27,7 +27,7 @@ LANE_BINS = BINS // 32
 LANE_TOKENS = 16
 PASS_TOKENS = LANE_TOKENS * m.WARPGROUP
 # Passes of a block: so many that the blocks are on the device all at once, and still fill it.
-BLOCKS, LARGEST_PASSES = 512, 8
+BLOCKS, LARGEST_PASSES = 640, 6
 LOG2_E = math.log2(math.e)
 # Relative error that places, rounded to 1/512 of a bin, and float32 sums can make.
 SLACK = 1e-3

@@ -39,10 +39,9 @@ BINS_PER_NAT = 8
 HEADS = 4
 STEP_TOKENS = 32
 WARPS = 4
-UNROLL = 4
 # A word counts a block's tokens in 12 bits, above 20 bits for the sum of their places in a bin, of 0 to 256 each.
 COUNT_BITS, PLACES = 20, 256
-BLOCK_TOKENS, LEAST_BLOCK_TOKENS = 2048, STEP_TOKENS * WARPS * UNROLL
+BLOCK_TOKENS, LEAST_BLOCK_TOKENS = 1024, STEP_TOKENS * WARPS
 # The bits of 1.5 * 2^23 as a float32: plus an integer n, they are those of 1.5 * 2^23 + n.
 MAGIC = 0x4B400000
 
@@ -163,9 +162,7 @@ def _kernel(sizes: _Sizes, planes, factors, base, shift, bits, scale, *rest):
     def run(all_scored: bool):
         _clear_shared(sizes, shared)
         score = _Scorer(sizes, row, stop, planes, factors, base, shift, bits, scale, bias, bins, shared, all_scored)
-        peaks = m.loop(
-            sizes.block // (STEP_TOKENS * WARPS * UNROLL), score.no_peaks(), lambda i, peaks: score(start, i, peaks)
-        )
+        peaks = m.loop(sizes.block // LEAST_BLOCK_TOKENS, score.no_peaks(), lambda i, peaks: score(start, i, peaks))
         _flush(sizes, peaks, score.bases, shared, State(state, row, sizes.padded, sizes.state_words))
 
     # Most blocks are scored as a whole, and need not ask token by token.
@@ -218,14 +215,10 @@ class _Scorer:
         return [m.value(float("-inf"))] * self.sizes.groups
 
     def __call__(self, start, i, peaks):
-        """Score UNROLL steps of this warp's tokens; returns the largest scores so far, one a group."""
-        per_pass = STEP_TOKENS * WARPS * UNROLL
-        first = m.add(m.add(start, m.multiply(i, per_pass)), m.multiply(self.warp, STEP_TOKENS))
-        tokens = [m.add(m.add(first, u * STEP_TOKENS * WARPS), m.multiply(self.quad, 4)) for u in range(UNROLL)]
-        loaded = [self._load(token) for token in tokens]
-        for token, data in zip(tokens, loaded, strict=True):
-            peaks = self._score(token, *data, peaks)
-        return peaks
+        """Score the next of this warp's tokens; returns the largest scores so far, one a group."""
+        first = m.add(m.add(start, m.multiply(i, LEAST_BLOCK_TOKENS)), m.multiply(self.warp, STEP_TOKENS))
+        token = m.add(first, m.multiply(self.quad, 4))
+        return self._score(token, *self._load(token), peaks)
 
     def _load(self, token):
         """A fragments of tokens .. + 3, [row][step of 4 words]; their scales; biases or None; shifts, one a group."""
