@@ -14,6 +14,9 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas
 
+# Numbers of the keys that are multiplied at a time, which must fit into shared memory twice (see _pallas.dot).
+LARGEST_PRODUCT = 16384
+
 
 def _kernel(first_ref, stop_ref, keys_ref, rotation_ref, *rest, interval, has_bias):
     """first, stop []; keys [T,D], rotation [32 W, D], query centroid [D] if has_bias; then the state before and after:
@@ -31,26 +34,14 @@ def _kernel(first_ref, stop_ref, keys_ref, rotation_ref, *rest, interval, has_bi
         index = (dim,) if row is None else (row + 0 * dim, dim)
         return _pallas.load_masked(ref, index, dim < head_dim).astype(jnp.float32)
 
-    @pl.when(block < stop_ref[...])
-    def _():
-        start = block * interval
-        here = pl.ds(start, interval)
-        token = start + jax.lax.broadcasted_iota(jnp.int32, (interval, columns), 0)
-        dim = jax.lax.broadcasted_iota(jnp.int32, (interval, columns), 1)
-        keys = _pallas.load_masked(keys_ref, (token, dim), dim < head_dim).astype(jnp.float32)
-        if old_centroids_ref.shape[0] > 1:
-            centroid = (jnp.sum(keys, axis=0) / interval).astype(new_centroids_ref.dtype)
-            column = jnp.arange(columns, dtype=jnp.int32)
-            _pallas.store_masked(new_centroids_ref, (block + 0 * column, column), centroid, column < head_dim)
-            centroid = centroid.astype(jnp.float32)
-        else:
-            centroid = row_of(old_centroids_ref, 0)
-        residual = keys - centroid[None, :]
-        l1 = jnp.zeros((interval,), jnp.float32)
-        l2 = jnp.zeros((interval,), jnp.float32)
+    def quantize(start, residual):
+        tile = residual.shape[0]
+        here = pl.ds(start, tile)
+        l1 = jnp.zeros((tile,), jnp.float32)
+        l2 = jnp.zeros((tile,), jnp.float32)
         word_dim = jax.lax.broadcasted_iota(jnp.int32, (32, columns), 1)
         word_row = jax.lax.broadcasted_iota(jnp.int32, (32, columns), 0)
-        bit = jax.lax.broadcasted_iota(jnp.int32, (interval, 32), 1)
+        bit = jax.lax.broadcasted_iota(jnp.int32, (tile, 32), 1)
         for w in range(words):
             rows = _pallas.load_masked(rotation_ref, (32 * w + word_row, word_dim), word_dim < head_dim, 0.0)
             rotated = _pallas.dot(residual, rows.T)
@@ -62,6 +53,29 @@ def _kernel(first_ref, stop_ref, keys_ref, rotation_ref, *rest, interval, has_bi
         if has_bias:
             c_q = row_of(query_centroid_ref, None)
             new[2][here] = jnp.sum(residual * c_q[None, :], axis=1).astype(new[2].dtype)
+
+    @pl.when(block < stop_ref[...])
+    def _():
+        tile = min(interval, LARGEST_PRODUCT // columns)
+        parts = range(0, interval, tile)
+        keys = [_load_keys(keys_ref, block * interval + part, tile, columns) for part in parts]
+        if old_centroids_ref.shape[0] > 1:
+            total = functools.reduce(jnp.add, [jnp.sum(part, axis=0) for part in keys])
+            centroid = (total / interval).astype(new_centroids_ref.dtype)
+            column = jnp.arange(columns, dtype=jnp.int32)
+            _pallas.store_masked(new_centroids_ref, (block + 0 * column, column), centroid, column < head_dim)
+            centroid = centroid.astype(jnp.float32)
+        else:
+            centroid = row_of(old_centroids_ref, 0)
+        for part, some_keys in zip(parts, keys, strict=True):
+            quantize(block * interval + part, some_keys - centroid[None, :])
+
+
+def _load_keys(keys_ref, start, tile: int, columns: int):
+    """float32 [tile, columns], zeros past the head dimension."""
+    token = start + jax.lax.broadcasted_iota(jnp.int32, (tile, columns), 0)
+    dim = jax.lax.broadcasted_iota(jnp.int32, (tile, columns), 1)
+    return _pallas.load_masked(keys_ref, (token, dim), dim < keys_ref.shape[1]).astype(jnp.float32)
 
 
 def quantize_keys(

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.shapes import LARGE, SMALL
+from pallas_kernels import quantize_keys
 from rabitq_jax import codes as key_codes
 from rabitq_jax import exact_logsumexp, gathered_attention, top_p
 from rabitq_jax.cache import init_layer_cache
@@ -198,7 +200,23 @@ def test_gathered_attention_shows_a_key_that_is_not_finite(implementation, bad):
 @pytest.mark.parametrize("key_centroid,query_centroid", [("block", "none"), ("prompt", "prompt")])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantize_keys(shape, key_centroid, query_centroid):
-    config = RaBitQConfig(key_centroid=key_centroid, query_centroid=query_centroid, interval=64)
+    check_quantize_keys(shape, RaBitQConfig(key_centroid=key_centroid, query_centroid=query_centroid, interval=64))
+
+
+@pytest.mark.parametrize(
+    "shape,largest", [(SMALL[1], 2048), pytest.param(LARGE[3], None, marks=pytest.mark.gpu)], ids=str
+)
+def test_quantize_keys_in_parts(shape, largest, monkeypatch):
+    """A block of more numbers than are multiplied at a time."""
+    if largest is not None:
+        monkeypatch.setattr(quantize_keys, "LARGEST_PRODUCT", largest)
+    config = RaBitQConfig(query_centroid="prompt", interval=128)
+    assert config.interval * shape.head_dim > quantize_keys.LARGEST_PRODUCT
+    check_quantize_keys(shape, config)
+
+
+def check_quantize_keys(shape, config):
+    interval = config.interval
     keys = jax.random.split(jax.random.key(9), 4)
     held = jax.random.normal(keys[0], (shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)) + 1
     codes = init_layer_cache(*held.shape[:1], shape.tokens, shape.kv_heads, shape.head_dim, config).codes
@@ -212,7 +230,7 @@ def test_quantize_keys(shape, key_centroid, query_centroid):
     stop = first + jnp.arange(shape.batch, dtype=jnp.int32) % 3 + 1
     new = {
         name: jax.jit(key_codes.update_codes, static_argnames=("interval", "max_blocks", "implementation"))(
-            held, codes, first, stop, interval=64, max_blocks=4, implementation=name
+            held, codes, first, stop, interval=interval, max_blocks=4, implementation=name
         )
         for name in ("xla", "pallas")
     }
@@ -223,7 +241,7 @@ def test_quantize_keys(shape, key_centroid, query_centroid):
     )
     changed = np.zeros((shape.batch, shape.tokens), bool)
     for b in range(shape.batch):
-        changed[b, 64 * int(first[b]) : 64 * int(stop[b])] = True
+        changed[b, interval * int(first[b]) : interval * int(stop[b])] = True
     same_centroid = np.repeat(
         np.all(np.asarray(xla.key_centroids == pallas.key_centroids), axis=-1),
         codes.tokens_per_centroid, axis=-1,
@@ -234,7 +252,7 @@ def test_quantize_keys(shape, key_centroid, query_centroid):
     assert differ[same_centroid].sum() <= 1e-5 * same_centroid.sum() * shape.head_dim + 2
     np.testing.assert_array_equal(np.asarray(pallas.bits)[~np.broadcast_to(changed[:, None], differ.shape)],
                                   np.asarray(noise)[~np.broadcast_to(changed[:, None], differ.shape)])  # fmt: skip
-    assert np.all(differ[:, :, :64] == 0)
+    assert np.all(differ[:, :, :interval] == 0)
     np.testing.assert_allclose(xla.scale.astype(jnp.float32), pallas.scale.astype(jnp.float32), rtol=2**-6, atol=1e-3)
     if xla.bias is not None:
         assert pallas.bias is not None
