@@ -12,7 +12,6 @@ from typing import Any
 from benchmarks import certificate_report, speed_report
 from benchmarks.quality.report import about_training, sweep_table, table
 from benchmarks.record import RESULTS
-from benchmarks.speed_report import thousands
 
 PAGES = (Path(__file__).parent.parent / "README.md", Path(__file__).parent / "README.md")
 CERTIFICATE_TOP_P = 0.95
@@ -24,7 +23,6 @@ def main() -> None:
     from benchmarks import speed_plots
     from benchmarks.quality import plots, sweep
 
-    plot_decode(read("decode.json"), RESULTS / "decode.png")
     if has("decode_attention.json"):
         speed_plots.draw(read("decode_attention.json"), RESULTS / "decode_attention.png")
     if has("quality.json"):
@@ -49,7 +47,7 @@ def rewritten(page: str) -> str:
 
 def sections() -> dict[str, str]:
     """What stands between the markers of each name."""
-    made = {"headline": headline(read("decode.json")), "results": results()}
+    made = {"results": results()}
     if has("decode_attention.json"):
         made["headline"] = paragraph(speed_report.decode_headline(read("decode_attention.json")))
     if has("demo.txt"):
@@ -69,16 +67,18 @@ def sections() -> dict[str, str]:
 
 def results() -> str:
     """The speed of a layer's decode step and of whole models."""
-    parts = [decode_table(read("decode.json"))]
+    parts = []
     if has("decode_attention.json"):
-        parts.insert(
-            0, part(speed_report.decode_attention(read("decode_attention.json"))) + picture("decode_attention.png")
+        parts.append(
+            part(speed_report.decode_attention(read("decode_attention.json"))) + picture("decode_attention.png")
         )
     if has("decode_step.json"):
         parts.append(part(speed_report.decode_step(read("decode_step.json"))))
     if has("prefill.json"):
         parts.append(part(speed_report.prefill(read("prefill.json"))))
-    return "\n\n".join([*parts, generate_table(read("generate.json"))])
+    if has("generate.json"):
+        parts.append(generate_table(read("generate.json")))
+    return "\n\n".join(parts)
 
 
 def part(made: tuple[str, list[str]]) -> str:
@@ -98,52 +98,6 @@ def has(name: str) -> bool:
 
 def read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def sizes(row: dict[str, Any]) -> tuple[int, int]:
-    """Batch and tokens of a row's shape."""
-    batch, tokens = re.match(r"B(\d+)-.*T(\d+)-", row["shape"]).groups()
-    return int(batch), int(tokens)
-
-
-def best_dense(row: dict[str, Any]) -> float:
-    """Microseconds of the faster dense attention."""
-    return min(row["dense_us"], row["cudnn_us"])
-
-
-def headline(decode: dict[str, Any]) -> str:
-    row = next(row for row in decode["rows"] if sizes(row) == (8, 131072))
-    return paragraph(
-        f"One attention layer of Llama-3.1-8B's shape, decoding 8 sequences of 128K tokens on an "
-        f"{decode['environment']['device']}: **{row['rabitq_us']:.0f} µs instead of {best_dense(row):.0f} µs**, "
-        f"{row['kept']:.1%} of the tokens attended, {row['bytes_read']:.1%} of the bytes read "
-        "([how it was measured](#results))."
-    )
-
-
-def decode_table(decode: dict[str, Any]) -> str:
-    about_decode = (
-        "**Against the length of the context**, with an earlier state of the kernels: 32 query heads, 8 kv heads, 128 "
-        "dimensions, bfloat16, "
-        f"p = {decode['top_p']:g}; random keys, and queries whose logits deviate by {decode['sharpness']:g} nats "
-        f"({provenance(decode, 'decode.json')}). Dense attention over the whole cache is `decode` without codes (XLA), "
-        "and cuDNN's through jax.nn, without appending the token. RaBitQ's time is that of all its parts: appending, "
-        "query rotation and rounding, scores, selection, attention, quantization. The ratio is to the faster dense."
-    )
-    lines = [
-        paragraph(about_decode),
-        "",
-        "| batch | tokens | dense XLA, µs | dense cuDNN, µs | RaBitQ, µs | ratio | tokens attended | bytes read |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in decode["rows"]:
-        batch, tokens = sizes(row)
-        lines.append(
-            f"| {batch} | {thousands(tokens)} | {row['dense_us']:.0f} | {row['cudnn_us']:.0f} | {row['rabitq_us']:.0f} "
-            f"| {best_dense(row) / row['rabitq_us']:.2f} | {row['kept']:.1%} | {row['bytes_read']:.1%} |"
-        )
-    lines += ["", "![Time of a decode step against the length of the context](benchmarks/results/decode.png)"]
-    return "\n".join(lines)
 
 
 def generate_table(generate: dict[str, Any]) -> str:
@@ -223,24 +177,6 @@ def provenance(result: dict[str, Any], name: str, folder: str = "benchmarks/resu
         f"{environment['device']}, JAX {environment['jax']}, commit {environment['commit']}, "
         f"`{environment['command']}`, [{name}]({folder}/{name})"
     )
-
-
-def plot_decode(decode: dict[str, Any], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for batch, color in zip(sorted({sizes(row)[0] for row in decode["rows"]}), ("tab:blue", "tab:orange"), strict=True):
-        rows = [row for row in decode["rows"] if sizes(row)[0] == batch]
-        tokens = [sizes(row)[1] for row in rows]
-        axes.loglog(tokens, [best_dense(row) for row in rows], "o--", color=color, label=f"dense, batch {batch}")
-        axes.loglog(tokens, [row["rabitq_us"] for row in rows], "o-", color=color, label=f"RaBitQ, batch {batch}")
-    ticks = sorted({sizes(row)[1] for row in decode["rows"]})
-    axes.set_xticks(ticks, [thousands(tick) for tick in ticks], minor=False)
-    axes.minorticks_off()
-    axes.set(xlabel="tokens in the cache", ylabel="µs a layer and step", title=decode["environment"]["device"])
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

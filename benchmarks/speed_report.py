@@ -80,7 +80,8 @@ def decode_step(rows: list[Row]) -> tuple[str, list[str]]:
     about = (
         f"**A decode step of a whole model** with random weights, on planted caches "
         f"({provenance(rows, 'decode_step.json')}). The rest is the step without attention; its floor is reading the "
-        "weights once."
+        "weights once. Busy is the time in which the device runs some kernel in a step of RaBitQ's; launches are its "
+        "kernels; and the step was timed once more with CUDA graphs switched off."
     )
     head = (
         "case",
@@ -91,6 +92,9 @@ def decode_step(rows: list[Row]) -> tuple[str, list[str]]:
         "ratio",
         "rest, ms",
         "rest's share of floor",
+        "busy, ms",
+        "launches",
+        "without graphs, ms",
     )
     lines = [
         (
@@ -102,6 +106,9 @@ def decode_step(rows: list[Row]) -> tuple[str, list[str]]:
             f"{row['dense']['xla']['wall_us']['median'] / row['wall_us']['median']:.2f}",
             f"{row['rest']['wall_us']['median'] / 1000:.2f}",
             f"{row['rest']['share_of_floor']:.0%}",
+            f"{row['timeline']['busy_us'] / 1000:.2f}",
+            f"{row['timeline']['launches']:.0f}",
+            f"{row['without_graphs']['wall_us']['median'] / 1000:.2f}",
         )
         for row in rows
     ]
