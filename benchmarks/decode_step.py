@@ -111,7 +111,7 @@ def _attend(query, key, value, cache, config, rounding_key, layer):
 
 def without_codes(state: DecodeState) -> DecodeState:
     """The same state for dense decoding; it shares the buffers."""
-    layers = tuple(layer | {"codes": None} for layer in state.cache.layers)
+    layers = tuple(dataclasses.replace(layer, codes=None) for layer in state.cache.layers)
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=layers))
 
 
@@ -175,7 +175,7 @@ def check_against_dense(config: RaBitQConfig) -> float:
             definition, params, fed, jax.random.key(0), 1,
             num_steps=1, config=state_config, sampling=Sampling(), eos_token_ids=(),
         )  # fmt: skip
-        new_keys.append(after.cache.layers[-1]["keys"][:, :, slot])
+        new_keys.append(after.cache.layers[-1].keys[:, :, slot])
     return check("a decode step at p = 1", relative_error(*new_keys), 0.05)
 
 

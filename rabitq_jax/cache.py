@@ -83,23 +83,23 @@ class LoopCache:
     """A `Cache` as a loop carries it: what all layers have in common is there once, not computed and copied for each.
 
     Attributes:
-      layers: the fields of each layer's `LayerCache`, but for the lengths.
+      layers: the layers' caches with None for the lengths.
       length: int32 [B].
       quantized: int32 [B], of the layers with codes.
       rotation_seed: as in `Cache`.
     """
 
-    layers: tuple[dict[str, Any], ...]
+    layers: tuple[LayerCache, ...]
     length: jax.Array
     quantized: jax.Array
     rotation_seed: jax.Array
 
     @classmethod
     def of(cls, layers: Sequence[LayerCache], rotation_seed: jax.Array) -> "LoopCache":
-        names = [field.name for field in dataclasses.fields(LayerCache) if field.name not in ("length", "quantized")]
+        nothing: Any = None
         coded = [layer.quantized for layer in layers if layer.codes is not None]
         return cls(
-            layers=tuple({name: getattr(layer, name) for name in names} for layer in layers),
+            layers=tuple(dataclasses.replace(layer, length=nothing, quantized=nothing) for layer in layers),
             length=layers[0].length,
             quantized=(coded or [layers[0].quantized])[0],
             rotation_seed=rotation_seed,
@@ -109,7 +109,7 @@ class LoopCache:
         """The layers' caches, which share their lengths."""
         none = jnp.zeros_like(self.quantized)
         return tuple(
-            LayerCache(**layer, length=self.length, quantized=none if layer["codes"] is None else self.quantized)
+            dataclasses.replace(layer, length=self.length, quantized=none if layer.codes is None else self.quantized)
             for layer in self.layers
         )
 
