@@ -16,3 +16,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if gpu_items and jax.default_backend() != "gpu":
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Thousands of compiled programs in one process take more memory maps than a process may have, and it crashes."""
+    yield
+    jax.clear_caches()
