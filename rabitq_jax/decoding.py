@@ -11,6 +11,7 @@ from rabitq_jax import attention
 from rabitq_jax.cache import Cache
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.sampling import Sampling, sample
+from rabitq_jax.selectors import Selector
 
 # What becomes of a layer's query heads in the stats of a step.
 VERIFIED = {"verified": jnp.mean, "bound": jnp.min, "extended": jnp.mean, "certified": jnp.mean}
@@ -117,7 +118,7 @@ class ModelDefinition:
 )
 def prefill_chunk(
     definition: ModelDefinition, params, cache: Cache, hidden, tokens, new_tokens, total_length, *,
-    config: RaBitQConfig | None, fresh: bool, last: bool,
+    config: RaBitQConfig | Selector | None, fresh: bool, last: bool,
 ):  # fmt: skip
     """Append one chunk of the prompts to the cache.
 
@@ -189,7 +190,7 @@ def start_decoding(
 )
 def decode_steps(
     definition: ModelDefinition, params, state: DecodeState, key, stop, *,
-    config: RaBitQConfig | None, sampling: Sampling, eos_token_ids: tuple[int, ...],
+    config: RaBitQConfig | Selector | None, sampling: Sampling, eos_token_ids: tuple[int, ...],
 ):  # fmt: skip
     """Decode until step `stop` (int32 [], at most N), or until every sequence is finished.
 
@@ -218,12 +219,15 @@ def _decode_step(model, state: DecodeState, key, config, sampling, eos_token_ids
     active = ~state.finished
     rounding_key = _step_keys(key, state.step)[1]
 
+    previous = None
+
     def attend(layer, query, new_key, value, layer_cache):
-        out, layer_cache, stats = attention.decode(
+        nonlocal previous
+        out, previous, stats = attention.decode(
             query[:, 0], new_key[:, 0], value[:, 0], layer_cache, config,
-            prng_key=jax.random.fold_in(rounding_key, layer), active=active,
+            prng_key=jax.random.fold_in(rounding_key, layer), active=active, previous=previous,
         )  # fmt: skip
-        return out[:, None], layer_cache, stats
+        return out[:, None], previous, stats
 
     length = state.cache.length
     hidden, layers, layer_stats = model(
