@@ -8,19 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from rabitq_jax import attention
-from rabitq_jax.cache import init_selector_cache
+from rabitq_jax.cache import LayerCache, append, init_selector_cache
 from rabitq_jax.selectors import (
+    H2O,
+    KIVI,
     CacheShape,
+    DoubleSparsity,
+    DuoAttention,
+    ExtendedRaBitQ,
     FullAttention,
+    MagicPIG,
     OracleTopK,
     OracleTopP,
+    PQCache,
     Quest,
     Selector,
+    SnapKV,
+    SparQ,
     Step,
     StreamingLLM,
     TopK,
     TopKThenTopP,
     TopP,
+    Twilight,
 )  # fmt: skip
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM, CAPACITY = 3, 4, 2, 32, 512
@@ -65,6 +75,25 @@ CASES = {
         sink=8,
         recent=8,
     ),  # fmt: skip
+    "h2o": Case(H2O(budget=30, recent=10), H2O(budget=CAPACITY), most=30, recent=10),
+    # The prompt's budget, and all that is generated.
+    "snapkv": Case(
+        SnapKV(budget=30, observed=8, kernel=3), SnapKV(budget=CAPACITY, observed=8), most=30 + STEPS, recent=8
+    ),
+    "sparq": Case(SparQ(channels=8, **SCORING), SparQ(channels=8, rule=ALL), **SCORED),
+    "double-sparsity": Case(DoubleSparsity(channels=8, **SCORING), DoubleSparsity(channels=8, rule=ALL), **SCORED),
+    "twilight": Case(
+        Twilight(base=Quest(page=8, rule=TopK(budget=80)), rule=TopP(top_p=0.7), sink=4, recent=8),
+        Twilight(base=FullAttention(), rule=TopP(top_p=1.0)),
+        most=12 + GROUP * 80,
+        sink=4,
+        recent=8,
+    ),  # fmt: skip
+    "magicpig": Case(MagicPIG(bits=6, tables=20, sink=4, recent=8), MagicPIG(recent=CAPACITY), sink=4, recent=8),
+    "pqcache": Case(PQCache(parts=4, bits=4, **SCORING), PQCache(parts=4, bits=4, rule=ALL), **SCORED),
+    "duo-attention": Case(DuoAttention(sink=4, recent=8), DuoAttention(retrieval=1.0), sink=4, recent=8),
+    "kivi": Case(KIVI(bits=2, group=16, residual=32), KIVI(residual=CAPACITY)),
+    "extended-rabitq": Case(ExtendedRaBitQ(bits=2, **SCORING), ExtendedRaBitQ(bits=4, rule=TopP(top_p=1.0)), **SCORED),
 }
 
 
@@ -87,56 +116,51 @@ def prefill(query, key, value, cache, new_tokens, last=True):
 
 @jax.jit
 def decode(query, key, value, cache, active, previous=None):
-    """A step of attention.decode, with the selection that it makes."""
-    out, new_cache, stats = attention.decode(query, key, value, cache, None, active=active, previous=previous)
-    appended = attention.append(cache, key[:, None], value[:, None], active.astype(jnp.int32))
-    step = Step(
-        softmax_scale=SCALE, new_tokens=active.astype(jnp.int32), previous=None if previous is None else previous.state
-    )
-    grouped = query.reshape(BATCH, KV_HEADS, GROUP, HEAD_DIM)
-    selection = attention.attend_with_selector(grouped, appended, step)[1].selection
-    return new_cache, (out, selection, stats)
+    """A step as `attention.decode` takes it, which hands out no selection."""
+    new_tokens = active.astype(jnp.int32)
+    cache = append(cache, key[:, None], value[:, None], new_tokens)
+    step = Step(softmax_scale=SCALE, new_tokens=new_tokens, previous=previous)
+    cache, attended = attention.attend_with_selector(query.reshape(BATCH, KV_HEADS, GROUP, HEAD_DIM), cache, step)
+    out = attended.out.reshape(BATCH, HEADS, HEAD_DIM)
+    return cache, (out, attended.selection.indices, attended.selection.counts, attended.bytes_read)
 
 
 @dataclasses.dataclass
 class Run:
-    """Outputs and selections of all steps, as NumPy arrays with the step first, and the last cache."""
+    """Outputs, selections and bytes of all steps, as NumPy arrays with the step first, and the last cache."""
 
-    selector: Selector
     out: np.ndarray
-    selection: object
-    stats: object
-    cache: object
+    indices: np.ndarray
+    counts: np.ndarray
+    bytes_read: np.ndarray
+    cache: LayerCache
 
     def kept(self, step: int, b: int, k: int) -> set[int]:
         """The tokens attended by a kv head."""
-        return set(self.selection.indices[step, b, k, : self.selection.counts[step, b, k]].tolist())
+        return set(self.indices[step, b, k, : self.counts[step, b, k]].tolist())
 
 
-def empty_cache(selector: Selector, batch=BATCH):
+def filled_cache(selector: Selector) -> LayerCache:
     shape = CacheShape(
-        batch=batch, capacity=CAPACITY, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=jnp.float32
+        batch=BATCH, capacity=CAPACITY, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=jnp.float32
     )
-    return init_selector_cache(shape, selector)
-
-
-@functools.cache
-def run(selector: Selector, steps: int = STEPS) -> Run:
-    """The prompt in two chunks, then one step at a time. Nothing may be compiled but in the first step."""
-    query, key, value = inputs()
-    cache = empty_cache(selector)
-    half = PROMPT.max() // 2
+    cache, half = init_selector_cache(shape, selector), PROMPT.max() // 2
     for start in (0, half):
-        chunk = (x[:, start : start + half] for x in (query, key, value))
+        chunk = (x[:, start : start + half] for x in inputs())
         cache = prefill(*chunk, cache, np.clip(PROMPT - start, 0, half), last=start > 0)
-    compiled, outputs = decode._cache_size(), []
+    return cache
+
+
+def run(selector: Selector, steps: int) -> Run:
+    """The prompt in two chunks, then one step at a time. Nothing may be compiled but in the first step."""
+    cache, outputs, compiled = filled_cache(selector), [], 0
     active, rows = np.ones(BATCH, bool), np.arange(BATCH)
     for n in range(steps):
-        cache, output = decode(*(x[rows, PROMPT + n] for x in (query, key, value)), cache, active)
+        cache, output = decode(*(x[rows, PROMPT + n] for x in inputs()), cache, active)
         outputs.append(output)
-    assert decode._cache_size() == compiled + 1
-    out, selection, stats = jax.tree.map(lambda *x: np.stack(x), *outputs)
-    return Run(selector=selector, out=out, selection=selection, stats=stats, cache=cache)
+        compiled = compiled or decode._cache_size()
+    assert decode._cache_size() == compiled
+    return Run(*jax.tree.map(lambda *x: np.stack(x), *outputs), cache)
 
 
 @dataclasses.dataclass
@@ -180,6 +204,6 @@ def largest(scores, count: int, first: int, stop: int) -> set[int]:
     return set(order[: max(count, 0)].tolist())
 
 
-def places():
+def places(steps: int):
     """Steps, sequences and kv heads at which rules are compared."""
-    return [(step, b, k) for step in (0, 57, STEPS - 1) for b in range(BATCH) for k in range(KV_HEADS)]
+    return [(step, b, k) for step in (0, steps // 3, steps - 1) for b in range(BATCH) for k in range(KV_HEADS)]

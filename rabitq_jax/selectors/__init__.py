@@ -8,18 +8,42 @@ RaBitQ, the default method, is `RaBitQConfig`: it has kernels of its own, and st
 
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.selectors.budget import Rule, TopK, TopKThenTopP, TopP
+from rabitq_jax.selectors.double_sparsity import DoubleSparsity
+from rabitq_jax.selectors.duo_attention import DuoAttention
+from rabitq_jax.selectors.extended_rabitq import ExtendedRaBitQ
 from rabitq_jax.selectors.full import FullAttention
+from rabitq_jax.selectors.h2o import H2O
+from rabitq_jax.selectors.kivi import KIVI
+from rabitq_jax.selectors.magicpig import MagicPIG
 from rabitq_jax.selectors.oracle import OracleTopK, OracleTopP
+from rabitq_jax.selectors.pqcache import PQCache
+from rabitq_jax.selectors.pyramidkv import PyramidKV
 from rabitq_jax.selectors.quest import Quest
 from rabitq_jax.selectors.selector import Attended, CacheShape, Choice, ScoringSelector, Selector, Step
+from rabitq_jax.selectors.snapkv import SnapKV
+from rabitq_jax.selectors.sparq import SparQ
 from rabitq_jax.selectors.streaming_llm import StreamingLLM
+from rabitq_jax.selectors.tidal_decode import TidalDecode
+from rabitq_jax.selectors.twilight import Twilight
 
 SELECTORS: dict[str, type[Selector]] = {
     "full": FullAttention,
     "oracle-top-k": OracleTopK,
     "oracle-top-p": OracleTopP,
     "streaming-llm": StreamingLLM,
+    "h2o": H2O,
+    "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
     "quest": Quest,
+    "sparq": SparQ,
+    "double-sparsity": DoubleSparsity,
+    "tidal-decode": TidalDecode,
+    "twilight": Twilight,
+    "magicpig": MagicPIG,
+    "pqcache": PQCache,
+    "duo-attention": DuoAttention,
+    "kivi": KIVI,
+    "extended-rabitq": ExtendedRaBitQ,
 }
 
 
@@ -51,17 +75,29 @@ __all__ = [
     "Attended",
     "CacheShape",
     "Choice",
+    "DoubleSparsity",
+    "DuoAttention",
+    "ExtendedRaBitQ",
     "FullAttention",
+    "H2O",
+    "KIVI",
+    "MagicPIG",
     "OracleTopK",
     "OracleTopP",
+    "PQCache",
+    "PyramidKV",
     "Quest",
     "Rule",
     "ScoringSelector",
     "Selector",
+    "SnapKV",
+    "SparQ",
     "Step",
     "StreamingLLM",
+    "TidalDecode",
     "TopK",
     "TopKThenTopP",
     "TopP",
+    "Twilight",
     "make_selector",
 ]

@@ -3,7 +3,7 @@
     z_i = softmax_scale <q, k_i>;   Top-k keeps the k largest z, Top-p the fewest that hold p of softmax(z)
 
 It is the upper bound of the literature's comparisons (oracle Top-k in Quest, arXiv 2406.10774, and Twilight, arXiv
-2502.02770, section 3, oracle Top-p), and no method to use: scoring reads every key. With rule=TopK, sinks and window
+2502.02770), and no method to use: scoring reads every key. With rule=TopK, sinks and window
 are kept as in the other methods, which a pure Top-k would not do; the default, recent=1, keeps the new token alone.
 """
 

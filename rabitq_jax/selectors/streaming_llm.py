@@ -1,6 +1,6 @@
 """StreamingLLM: attention sinks and a sliding window (Xiao et al., ICLR 2024, arXiv 2309.17453).
 
-    S = {0, ..., sink - 1} u {n - window, ..., n - 1},   n tokens in the cache                             (section 3.2)
+    S = {0, ..., sink - 1} u {n - window, ..., n - 1},   n tokens in the cache
 
 The paper keeps 4 sinks and 1,020 recent tokens, and numbers positions inside the cache, so that models go on beyond
 the length they were trained for. Here keys keep the rotary embedding of their place in the text, as in the comparisons
