@@ -1,7 +1,9 @@
-"""The command line: `rabitq-jax generate`, `selectors` and `inspect`."""
+"""The command line: `rabitq-jax generate`, `selectors`, `calibrate` and `inspect`."""
 
+import json
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -19,6 +21,7 @@ from rabitq_jax.generation import Generation, generate
 from rabitq_jax.sampling import Sampling
 from rabitq_jax.selectors import SELECTORS, Selector, make_selector
 from rabitq_jax.selectors.arguments import parse_arguments
+from rabitq_jax.selectors.double_sparsity_calibration import calibrate
 
 DEFAULT = RaBitQConfig()
 DTYPES = ("bfloat16", "float16", "float32")
@@ -188,6 +191,22 @@ def describe(kind: type) -> str:
     if kind is RaBitQConfig:
         return "RaBitQ: one bit per key dimension, and Top-p of the estimated attention (arXiv 2606.31519)."
     return (sys.modules[kind.__module__].__doc__ or "").partition("\n")[0]
+
+
+@commands.command("calibrate")
+@model_option
+@click.option("--text-file", required=True, type=click.File(encoding="utf-8"), help="A text; - for standard input.")
+@click.option("--channels", type=click.IntRange(min=8), default=16, show_default=True, help="Of each kv head.")
+@click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Of the text, at most.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="File to write, in JSON.")
+@dtype_option
+def calibrate_command(model, text_file, channels, tokens, output, dtype) -> None:
+    """Find the channels that matter in a text, for --selector double-sparsity --selector-args calibrated=FILE."""
+    decoder, tokenizer = load_pretrained(model, dtype=jnp.dtype(dtype))
+    text = tokenizer.encode(text_file.read())[:tokens]
+    found = calibrate(decoder, text, channels=channels)
+    output.write_text(json.dumps({"tokens": len(text), "channels": found}) + "\n", encoding="utf-8")
+    click.echo(f"{channels} channels of {len(found)} layers x {len(found[0])} kv heads, from {len(text):,} tokens")
 
 
 @commands.command("inspect")
