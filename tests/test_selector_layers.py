@@ -25,6 +25,7 @@ from rabitq_jax.selectors import (
     Quest,
     SnapKV,
     SparQ,
+    Step,
     StreamingLLM,
     TidalDecode,
     TopK,
