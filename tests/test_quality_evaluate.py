@@ -15,6 +15,7 @@ from benchmarks.quality.evaluate import Known
 from benchmarks.quality.problem import Problem
 from models import Tokenizer, causal_attention
 from rabitq_jax import RaBitQConfig, generate
+from rabitq_jax.selectors import TidalDecode, TopK
 from tests.checkpoints import TINY, load, write_model, write_tokenizer
 
 KEY = jax.random.key(0)
@@ -65,7 +66,11 @@ def forward(model, tokens):
     return np.asarray(jax.nn.log_softmax(model.logits(hidden))[0])
 
 
-@pytest.mark.parametrize("config", [None, dataclasses.replace(CONFIG, top_p=1.0)], ids=["dense", "p = 1"])
+@pytest.mark.parametrize(
+    "config",
+    [None, dataclasses.replace(CONFIG, top_p=1.0), TidalDecode(selection_layers=(0,), rule=TopK(budget=4096))],
+    ids=["dense", "p = 1", "tidal-decode"],
+)
 def test_log_probs_are_those_of_a_forward_pass(model, known, config):
     (run,) = force(model, known, config)
     for b, (prompt, text) in enumerate(zip(known.prompts, known.texts, strict=True)):
@@ -189,18 +194,21 @@ def test_command_writes_results_tables_and_pictures(folder, tmp_path, monkeypatc
     monkeypatch.setattr(parts, "TEXT_NEW_TOKENS", 4)
     arguments = ["--model", str(folder), "--tokens", "400", "--examples", "2", "--probes", "1", "--top-p", "0.8"]
     arguments += ["--task", "single-number", "--task", "variables", "--dtype", "float32", "--set", "dense_layers=0"]
+    arguments += ["--method", "quest:page=8,budget=64"]
     result = CliRunner().invoke(command.main, [*arguments, "--commit", "abc"], catch_exceptions=False)
-    assert "| p = 0.8 |" in result.output
+    assert "| p = 0.8 |" in result.output and "| `quest:page=8,budget=64` |" in result.output
     content = json.loads((tmp_path / "quality.json").read_text())
     assert content["settings"] == {"dense_layers": 0} and content["environment"] == {"commit": "abc"}
     assert [(row["task"], row["top_p"]) for row in content["rows"]] == [
         ("single-number", None), ("variables", None), ("single-number", 0.8), ("variables", 0.8),
+        ("single-number", None), ("variables", None),
     ]  # fmt: skip
-    assert {(probe["texts"], probe["top_p"]) for probe in content["probes"]} == {
+    assert [row.get("method") for row in content["rows"]] == [None] * 4 + ["quest:page=8,budget=64"] * 2
+    assert {(probe["texts"], probe["top_p"]) for probe in content["probes"] if "method" not in probe} == {
         ("answers", None), ("answers", 0.8), ("text", None), ("text", 0.8),
     }  # fmt: skip
     assert (tmp_path / "quality.md").read_text().strip() == report.table(content)
-    for picture in ("scores", "heads", "mass"):
+    for picture in ("scores", "heads", "mass", "methods"):
         assert (tmp_path / f"quality-{picture}.png").read_bytes().startswith(b"\x89PNG")
 
 

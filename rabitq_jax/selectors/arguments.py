@@ -2,6 +2,19 @@
 
 from typing import Any
 
+from rabitq_jax.config import RaBitQConfig
+from rabitq_jax.selectors import Selector, make_selector
+
+
+def parse_selector(text: str) -> RaBitQConfig | Selector:
+    """A method from its name and arguments in one text: "quest:page=16,budget=1024", or "full".
+
+    Raises:
+      ValueError: as `make_selector` and `parse_arguments`.
+    """
+    name, _, arguments = text.partition(":")
+    return make_selector(name, **parse_arguments(arguments))
+
 
 def parse_arguments(text: str) -> dict[str, Any]:
     """Names and values: integers, numbers, true or false, texts, and tuples of them with slashes between ("2/13").
