@@ -15,7 +15,7 @@ from benchmarks.quality.evaluate import Known
 from benchmarks.quality.problem import Problem
 from models import Tokenizer, causal_attention
 from rabitq_jax import RaBitQConfig, generate
-from rabitq_jax.selectors import TidalDecode, TopK
+from rabitq_jax.selectors import FullAttention, Quest, TidalDecode, TopK
 from tests.checkpoints import TINY, load, write_model, write_tokenizer
 
 KEY = jax.random.key(0)
@@ -194,22 +194,40 @@ def test_command_writes_results_tables_and_pictures(folder, tmp_path, monkeypatc
     monkeypatch.setattr(parts, "TEXT_NEW_TOKENS", 4)
     arguments = ["--model", str(folder), "--tokens", "400", "--examples", "2", "--probes", "1", "--top-p", "0.8"]
     arguments += ["--task", "single-number", "--task", "variables", "--dtype", "float32", "--set", "dense_layers=0"]
-    arguments += ["--method", "quest:page=8,budget=64"]
     result = CliRunner().invoke(command.main, [*arguments, "--commit", "abc"], catch_exceptions=False)
-    assert "| p = 0.8 |" in result.output and "| `quest:page=8,budget=64` |" in result.output
+    assert "| p = 0.8 |" in result.output
     content = json.loads((tmp_path / "quality.json").read_text())
     assert content["settings"] == {"dense_layers": 0} and content["environment"] == {"commit": "abc"}
     assert [(row["task"], row["top_p"]) for row in content["rows"]] == [
         ("single-number", None), ("variables", None), ("single-number", 0.8), ("variables", 0.8),
-        ("single-number", None), ("variables", None),
     ]  # fmt: skip
-    assert [row.get("method") for row in content["rows"]] == [None] * 4 + ["quest:page=8,budget=64"] * 2
-    assert {(probe["texts"], probe["top_p"]) for probe in content["probes"] if "method" not in probe} == {
+    assert {(probe["texts"], probe["top_p"]) for probe in content["probes"]} == {
         ("answers", None), ("answers", 0.8), ("text", None), ("text", 0.8),
     }  # fmt: skip
     assert (tmp_path / "quality.md").read_text().strip() == report.table(content)
-    for picture in ("scores", "heads", "mass", "methods"):
+    for picture in ("scores", "heads", "mass"):
         assert (tmp_path / f"quality-{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_methods_have_lines_of_their_own():
+    part = parts.Part(
+        model="", dtype="float32", configs=(None, CONFIG), methods=("quest:page=8,budget=64", "full"), chat=False,
+        examples=1,
+    )  # fmt: skip
+    about, configs = zip(*part.ways, strict=True)
+    assert configs == (None, CONFIG, Quest(page=8, rule=TopK(budget=64)), FullAttention())
+    rows = [
+        {"task": task, "tokens": 10, **way, "kept": 0.1, "bytes_read": 0.2, "score": i / 4, "interval": (0, 1)}
+        for task in ("a", "b")
+        for i, way in enumerate(about)
+    ]
+    table = report.table({"rows": rows, "probes": []}).split("\n")
+    assert [line.split(" | ")[0] for line in table[4:]] == [
+        "| dense", "| p = 0.7", "| `quest:page=8,budget=64`", "| `full`",
+    ]  # fmt: skip
+    (axis,) = plots.draw_methods({"rows": rows, "probes": []}).axes
+    assert [line.get_label() for line in axis.lines] == ["dense", "rabitq", "quest", "full"]
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[0], [0.25], [0.5], [0.75]]
 
 
 def test_sweep_reads_its_table_off_at_equal_bytes():
