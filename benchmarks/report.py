@@ -227,10 +227,10 @@ def selectors(measured: dict[str, Any]) -> str:
     about = (
         f"**Planted answers** ({provenance(measured, 'selectors.json')}; {heads} caches of {measured['tokens']:,} "
         f"tokens in {measured['dtype']}, 2 kv heads of 4 query heads and {measured['head_dim']} dimensions; half of "
-        f"each of: {tasks}). Each column takes the best of a method's budgets within so many of dense attention's bytes; it is "
-        "empty where even the smallest budget reads more. Captured is the share of the exact attention in the tokens "
-        "attended. The front has the points of which no other captures as much with fewer bytes; oracles, and KIVI, "
-        "which leaves nothing out, do not count for it."
+        f"each of: {tasks}). Each column takes the best of a method's budgets within so many of dense attention's "
+        "bytes; it is empty where even the smallest budget reads more. Captured is the share of the exact attention in "
+        "the tokens attended. The front has the points of which no other captures as much with fewer bytes; oracles, "
+        "and KIVI, which leaves nothing out, do not count for it."
     )
     picture = "![True attention captured, and needles answered, against bytes read](benchmarks/results/selectors.png)"
     return "\n\n".join([paragraph(about), selectors_report.table(measured), picture])

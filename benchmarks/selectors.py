@@ -14,7 +14,6 @@ from collections.abc import Iterator
 import click
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from benchmarks.exact import captured_mass, exact_logits
 from benchmarks.needles import TASKS, Needles, make_needles
@@ -66,18 +65,17 @@ def main(tokens: int, head_dim: int, problems: int, methods: tuple[str, ...], dt
     chosen = [(method.partition(":")[0], method) for method in methods] or list(default_methods())
     tasks = {task: make_needles(task, tokens, head_dim, problems, seed=0) for task in TASKS}
     rows = []
-    for name, method in tqdm(chosen, desc="methods"):
+    for name, method in chosen:
         for task, needles in tasks.items():
-            rows.append({"name": name, "method": method, "task": task, **measure(needles, method, dtype)})
+            row = {"name": name, "method": method, "task": task, **measure(needles, method, dtype)}
+            rows.append(row)
+            click.echo(
+                f"{method:60} {task:6} right {row['right']:6.1%}  mass captured {row['captured']:.3f}  "
+                f"attended {row['kept']:6.1%}  bytes {row['bytes_read']:6.1%}"
+            )
     content = {
-        "tokens": tokens, "head_dim": head_dim, "problems": problems, "dtype": dtype, "tasks": TASKS,
-        "rows": rows,
+        "tokens": tokens, "head_dim": head_dim, "problems": problems, "dtype": dtype, "tasks": TASKS, "rows": rows,
     }  # fmt: skip
-    for row in rows:
-        click.echo(
-            f"{row['method']:60} {row['task']:6} right {row['right']:6.1%}  mass captured {row['captured']:.3f}  "
-            f"attended {row['kept']:6.1%}  bytes {row['bytes_read']:6.1%}"
-        )
     click.echo(write_result("selectors.json", content, commit=commit))
 
 

@@ -59,10 +59,8 @@ class SparQ(ScoringSelector):
         size = jnp.abs(query.astype(jnp.float32))
         channel = jax.lax.top_k(jnp.sum(size, axis=2), min(self.channels, query.shape[-1]))[1][:, :, None]
         keys = jnp.take_along_axis(cache.keys, channel, axis=-1)
-        dots = jnp.einsum(
-            "bkgr,bktr->bkgt", jnp.take_along_axis(query, channel, axis=-1).astype(keys.dtype), keys,
-            precision="highest", preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        part = jnp.take_along_axis(query, channel, axis=-1).astype(jnp.float32)
+        dots = jnp.einsum("bkgr,bktr->bkgt", part, keys.astype(jnp.float32), precision="highest")
         total = jnp.sum(size, axis=-1)
         share = jnp.sum(jnp.take_along_axis(size, channel, axis=-1), axis=-1) / jnp.where(total == 0, 1, total)
         # softmax_scale is 1 / sqrt(D); a query of zeros has no share, and no scores.
