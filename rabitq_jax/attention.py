@@ -11,14 +11,22 @@ import jax
 import jax.numpy as jnp
 
 from rabitq_jax import codes as key_codes
-from rabitq_jax.cache import Cache, LayerCache, append, init_codes, init_scored_values, layer_rotation_key
+from rabitq_jax.cache import (
+    Cache,
+    LayerCache,
+    append,
+    init_codes,
+    init_scored_values,
+    init_state,
+    layer_rotation_key,
+)
 from rabitq_jax.certified_attention import Verification, attend_certified
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.decode_stats import DecodeStats, ReadSizes
 from rabitq_jax.dense_attention import decode_attention, prefill_attention
 from rabitq_jax.gathered_attention import gathered_attention
 from rabitq_jax.selection import choose_tokens, quantize_and_sum
-from rabitq_jax.selectors import Attended, Selector, Step
+from rabitq_jax.selectors import Attended, CacheShape, Selector, Step
 
 
 def decode(
@@ -253,18 +261,21 @@ def prefill(
     return out, cache
 
 
-def add_codes(cache: Cache, config: RaBitQConfig) -> Cache:
-    """A densely prefilled cache with the codes that prefilling it under `config` would have made.
+def add_codes(cache: Cache, config: RaBitQConfig | Selector) -> Cache:
+    """A densely prefilled cache with the codes, or the selector's states, that prefilling it under `config` would have
+    made.
 
     So a prompt that has been read once can be continued under several configurations. Keys and values are not copied.
 
     Raises:
-      ValueError: the cache has codes, its capacity is not a multiple of the interval, or config.query_centroid is
-        "prompt", which is a mean of queries that a cache does not hold.
+      ValueError: the cache has codes or a selector, its capacity is not a multiple of the interval or the selector's
+        block, or config.query_centroid is "prompt" or the selector learns from queries, which a cache does not hold.
     """
+    if isinstance(config, Selector):
+        return _add_states(cache, config)
     if config.query_centroid == "prompt":
         raise ValueError("query_centroid 'prompt' needs the prompt's queries: prefill under this config instead")
-    if any(layer.codes is not None for layer in cache.layers):
+    if any(layer.codes is not None or layer.selector is not None for layer in cache.layers):
         raise ValueError("cache has codes already: prefill it with config None")
     if cache.capacity % config.interval:
         raise ValueError(f"the cache's capacity must be a multiple of interval {config.interval}, got {cache.capacity}")
@@ -277,6 +288,26 @@ def add_codes(cache: Cache, config: RaBitQConfig) -> Cache:
         layer = dataclasses.replace(layers[index], codes=codes, scored_values=scored_values)
         layers[index] = build_codes(layer, config)
     return Cache(layers=tuple(layers), rotation_seed=jnp.uint32(config.rotation_seed))
+
+
+def _add_states(cache: Cache, selector: Selector) -> Cache:
+    """A densely prefilled cache under a selector."""
+    if selector.observes:
+        raise ValueError(f"{type(selector).__name__} learns from the prompt's queries: prefill under it instead")
+    if any(layer.codes is not None or layer.selector is not None for layer in cache.layers):
+        raise ValueError("cache has codes or a selector already: prefill it with config None")
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        batch, kv_heads, capacity, head_dim = layer.keys.shape
+        # How many query heads there are matters to those alone that learn from queries.
+        shape = CacheShape(
+            batch=batch, capacity=capacity, num_heads=kv_heads, num_kv_heads=kv_heads, head_dim=head_dim,
+            dtype=layer.keys.dtype,
+        )  # fmt: skip
+        own = selector.for_layer(index, len(cache.layers))
+        state = init_state(shape, own)
+        layers.append(dataclasses.replace(layer, selector=own, state=own.build(state, layer)))
+    return Cache(layers=tuple(layers), rotation_seed=jnp.uint32(0))
 
 
 def build_codes(cache: LayerCache, config: RaBitQConfig) -> LayerCache:

@@ -167,10 +167,19 @@ def init_selector_cache(shape: CacheShape, selector: "Selector") -> LayerCache:
     Raises:
       ValueError: as `init_layer_cache`; or the capacity is not a multiple of the selector's block.
     """
+    layer = init_layer_cache(shape.batch, shape.capacity, shape.num_kv_heads, shape.head_dim, None, dtype=shape.dtype)
+    return dataclasses.replace(layer, selector=selector, state=init_state(shape, selector))
+
+
+def init_state(shape: CacheShape, selector: "Selector") -> Any:
+    """The selector's state for no tokens.
+
+    Raises:
+      ValueError: the capacity is not a multiple of the selector's block.
+    """
     if shape.capacity % selector.block:
         raise ValueError(f"capacity must be a multiple of {selector.block} tokens, got {shape.capacity}")
-    layer = init_layer_cache(shape.batch, shape.capacity, shape.num_kv_heads, shape.head_dim, None, dtype=shape.dtype)
-    return dataclasses.replace(layer, selector=selector, state=selector.init(shape))
+    return selector.init(shape)
 
 
 def init_cache(

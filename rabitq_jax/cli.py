@@ -179,7 +179,9 @@ def selectors_command(head_dim, dtype) -> None:
     Keys and values of the tokens that are then attended come on top.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    click.echo(f"{'rabitq':18}{head_dim / 8 + 2 + head_dim * 2 / DEFAULT.interval:7.1f}  {describe(RaBitQConfig)}")
+    # Bits in words of 32, a scale, and a share of the block's centroid.
+    rabitq_bytes = 4 * -(-head_dim // 32) + 2 + 2 * head_dim / DEFAULT.interval
+    click.echo(f"{'rabitq':18}{rabitq_bytes:7.1f}  {describe(RaBitQConfig)}")
     for name, kind in SELECTORS.items():
         click.echo(f"{name:18}{kind().bytes_per_token(head_dim, itemsize):7.1f}  {describe(kind)}")
     row = 2 * head_dim * itemsize

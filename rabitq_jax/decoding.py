@@ -25,7 +25,8 @@ class StepStats:
     Attributes:
       length: int32 [B,N], tokens in the cache, the step's own included.
       kept: int32 [B,N,L,K], tokens attended by each kv head.
-      mass: float32 [B,N,L], share of the estimated attention mass in the kept tokens, mean over query heads.
+      mass: float32 [B,N,L], share of the estimated attention mass in the kept tokens, mean over query heads; NaN under
+        a selector that estimates none.
       bytes_read, bytes_dense: float32 [B,N,L], bytes of the cache that the step reads, and that dense attention would.
       verified: float32 [B,N,L], share of all attention in the tokens attended, as exact attention to them shows it,
         mean over query heads.

@@ -31,7 +31,7 @@ from rabitq_jax.selectors import (
     TopKThenTopP,
     TopP,
     Twilight,
-)  # fmt: skip
+)
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM, CAPACITY = 3, 4, 2, 32, 512
 GROUP = HEADS // KV_HEADS

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from models import causal_attention
-from rabitq_jax import generate
+from rabitq_jax import add_codes, generate, init_cache
+from rabitq_jax.cache import append, init_selector_cache
 from rabitq_jax.selectors import (
     H2O,
     KIVI,
@@ -33,12 +34,13 @@ from rabitq_jax.selectors import (
     TopP,
     Twilight,
     make_selector,
-)  # fmt: skip
+)
 from rabitq_jax.selectors.arguments import parse_arguments
 from rabitq_jax.selectors.double_sparsity_calibration import calibrate
+from rabitq_jax.selectors.observed_attention import LastQueries
 from rabitq_jax.selectors.tidal_decode import SelectingLayer, SharingLayer
 from tests.checkpoints import TINY, load, write_model
-from tests.selector_cases import BATCH, PROMPT, decode, filled_cache, inputs
+from tests.selector_cases import BATCH, PROMPT, decode, filled_cache, inputs, softmax
 
 PROMPTS = [np.random.default_rng(0).integers(0, 256, size).tolist() for size in (90, 40)]
 
@@ -182,6 +184,42 @@ def test_a_conversation_goes_on_under_a_selector_and_not_under_another(model):
     assert again.cache.length.tolist() == [90 + 12 + 3 + 4, 40 + 12 + 1 + 4]
     with pytest.raises(ValueError, match="made with another config"):
         generate(model, [[1], [2]], StreamingLLM(), max_new_tokens=1, key=jax.random.key(1), cache=again.cache)
+
+
+def test_a_state_can_be_added_to_a_dense_cache(model):
+    """As prefilling under the selector makes it, but for methods that learn from queries."""
+    dense = continued(model, None).cache
+    selector = TidalDecode(selection_layers=(1,), rule=TopK(budget=10), recent=2)
+    added = add_codes(dense, selector)
+    assert jax.tree.structure(added) == jax.tree.structure(
+        init_cache(model.config, 2, 512, selector, dtype=model.dtype)
+    )
+    pages = add_codes(dense, Quest(page=8)).layers[2].state
+    np.testing.assert_array_equal(pages.least[0, :, 3], dense.layers[2].keys[0, :, 24:32].min(axis=1))
+    with pytest.raises(ValueError, match="SnapKV learns from the prompt's queries"):
+        add_codes(dense, SnapKV())
+    with pytest.raises(ValueError, match="codes or a selector already"):
+        add_codes(added, Quest())
+    assert not DoubleSparsity(calibrated=((tuple(range(16)),) * 2,)).observes and DoubleSparsity().observes
+
+
+def test_queries_from_before_generated_tokens_are_forgotten():
+    """A second prompt's last queries have their own places."""
+    shape = CacheShape(batch=1, capacity=512, num_heads=2, num_kv_heads=1, head_dim=32, dtype=jnp.float32)
+    cache = init_selector_cache(shape, SnapKV())
+    query, key, _ = (x[:1, :, :1] for x in inputs())
+    query = np.repeat(query, 2, axis=2)
+    last = LastQueries.empty(shape, 8)
+    for start, stop in ((0, 20), (20, 23), (30, 35)):
+        if start == 30:
+            cache = append(cache, key[:, 23:30], key[:, 23:30], jnp.array([7]))
+        cache = append(cache, key[:, start:stop], key[:, start:stop], jnp.array([stop - start]))
+        last = last.push(query[:, start:stop], cache, jnp.array([stop - start]))
+    assert (last.count.tolist(), last.end.tolist()) == ([5], [35])
+    want = np.zeros(35)
+    for token in range(30, 35):
+        want[: token + 1] += softmax(query[0, token] @ key[0, : token + 1, 0].T * 32**-0.5).sum(axis=0)
+    np.testing.assert_allclose(last.summed_attention(cache)[0, 0, :35], want, atol=1e-5)
 
 
 def test_arguments_make_selectors_and_rules():

@@ -28,7 +28,8 @@ class Prefilled:
 
     def start(self, config: RaBitQConfig | Selector | None) -> Cache:
         """A cache of its own under a configuration; None is dense."""
-        if isinstance(config, Selector) or (config is not None and config.query_centroid == "prompt"):
+        observes = config.observes if isinstance(config, Selector) else config and config.query_centroid == "prompt"
+        if observes:
             # What is learnt from the prompt's queries can only be had by reading the prompt again.
             return self._read(config)
         cache = self._dense if config is None else _add_codes(self._dense, config=config)

@@ -30,7 +30,7 @@ from rabitq_jax.selectors.selector import (
     check_multiple,
     newest,
     set_newest,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from rabitq_jax.cache import LayerCache
@@ -89,6 +89,10 @@ class DoubleSparsity(ScoringSelector):
             raise ValueError(f"calibrated must have {num_layers} layers, got {len(self.calibrated)}")
         return dataclasses.replace(self, layer=layer)
 
+    @property
+    def observes(self) -> bool:
+        return self.calibrated is None
+
     def bytes_per_token(self, head_dim: int, itemsize: int) -> float:
         del head_dim, itemsize
         return row_bytes(self.channels, BITS)
@@ -110,7 +114,9 @@ class DoubleSparsity(ScoringSelector):
         )
 
     def observe(self, state: Labels, cache: "LayerCache", query: jax.Array, new_tokens: jax.Array) -> Labels:
-        return state if state.last is None else dataclasses.replace(state, last=state.last.push(query, new_tokens))
+        return (
+            state if state.last is None else dataclasses.replace(state, last=state.last.push(query, cache, new_tokens))
+        )
 
     def build(self, state: Labels, cache: "LayerCache") -> Labels:
         channels = state.channels

@@ -69,6 +69,10 @@ class DuoAttention(Selector):
             raise ValueError(f"heads must name those of {num_layers} layers, got {len(self.heads)}")
         return dataclasses.replace(self, layer=layer)
 
+    @property
+    def observes(self) -> bool:
+        return self.heads is None
+
     def bytes_per_token(self, head_dim: int, itemsize: int) -> float:
         del head_dim, itemsize
         return 0
@@ -83,7 +87,9 @@ class DuoAttention(Selector):
         return HeadSplit(retrieves=retrieves | jnp.isin(jnp.arange(shape.num_kv_heads), jnp.array(given)), last=None)
 
     def observe(self, state: HeadSplit, cache: "LayerCache", query: jax.Array, new_tokens: jax.Array) -> HeadSplit:
-        return state if state.last is None else dataclasses.replace(state, last=state.last.push(query, new_tokens))
+        return (
+            state if state.last is None else dataclasses.replace(state, last=state.last.push(query, cache, new_tokens))
+        )
 
     def build(self, state: HeadSplit, cache: "LayerCache") -> HeadSplit:
         if state.last is None:

@@ -60,6 +60,10 @@ class H2O(Selector):
         """Last tokens that are always attended."""
         return self.budget // 2 if self.recent is None else self.recent
 
+    @property
+    def observes(self) -> bool:
+        return True
+
     def bytes_per_token(self, head_dim: int, itemsize: int) -> float:
         del head_dim, itemsize
         # One byte says whether a token is kept; what has been received is read of kept tokens alone.

@@ -30,7 +30,7 @@ from rabitq_jax.selectors.selector import (
     everything,
     newest,
     set_newest,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from rabitq_jax.cache import LayerCache

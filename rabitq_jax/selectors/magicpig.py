@@ -32,7 +32,7 @@ from rabitq_jax.selectors.selector import (
     newest,
     selected,
     set_newest,
-)  # fmt: skip
+)
 from rabitq_jax.selectors.streaming_llm import sinks_and_window
 from rabitq_jax.selectors.weighted_attention import weighted_attention
 

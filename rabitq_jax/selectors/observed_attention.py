@@ -22,30 +22,41 @@ class LastQueries:
     Attributes:
       queries: [B,W,H,D], the last one in slot W - 1.
       count: int32 [B], how many there are, W at most.
+      end: int32 [B], the cache's length at the last one, that one included.
     """
 
     queries: jax.Array
     count: jax.Array
+    end: jax.Array
 
     @classmethod
     def empty(cls, shape: "CacheShape", window: int) -> Self:
         """Room for `window` queries."""
         size = (shape.batch, window, shape.num_heads, shape.head_dim)
-        return cls(queries=jnp.zeros(size, shape.dtype), count=jnp.zeros((shape.batch,), jnp.int32))
+        zeros = jnp.zeros((2, shape.batch), jnp.int32)
+        return cls(queries=jnp.zeros(size, shape.dtype), count=zeros[0], end=zeros[1])
 
-    def push(self, query: jax.Array, new_tokens: jax.Array) -> Self:
-        """With a chunk's queries [B,N,H,D], of which the first new_tokens[b] are real."""
+    def push(self, query: jax.Array, cache: "LayerCache", new_tokens: jax.Array) -> "LastQueries":
+        """With a chunk's queries [B,N,H,D], of which the first new_tokens[b] are real; the cache holds its keys.
+
+        Queries from before generated tokens, which are not seen here, are forgotten.
+        """
         window = self.queries.shape[1]
         joined = jnp.concatenate([self.queries, query.astype(self.queries.dtype)], axis=1)
         cut = lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, window, axis=0)  # noqa: E731
         queries = jax.vmap(cut)(joined, new_tokens)
-        return dataclasses.replace(self, queries=queries, count=jnp.minimum(self.count + new_tokens, window))
+        follows = cache.length - new_tokens == self.end
+        count = jnp.minimum(jnp.where(follows, self.count, 0) + new_tokens, window)
+        come = new_tokens > 0
+        return LastQueries(
+            queries=queries, count=jnp.where(come, count, self.count), end=jnp.where(come, cache.length, self.end)
+        )
 
     def summed_attention(self, cache: "LayerCache") -> jax.Array:
-        """`summed_attention` of these queries, the last of which is that of the cache's last token."""
+        """`summed_attention` of these queries."""
         window = self.queries.shape[1]
         offset = jnp.arange(window) - window
-        position = jnp.where(offset >= -self.count[:, None], cache.length[:, None] + offset, -1)
+        position = jnp.where(offset >= -self.count[:, None], self.end[:, None] + offset, -1)
         return summed_attention(self.queries, position, cache)
 
 

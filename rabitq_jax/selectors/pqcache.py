@@ -26,7 +26,7 @@ from rabitq_jax.selectors.selector import (
     check_at_least,
     newest,
     set_newest,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from rabitq_jax.cache import LayerCache

@@ -109,6 +109,11 @@ class Selector:
         """The cache's capacity must be a multiple of so many tokens."""
         return 1
 
+    @property
+    def observes(self) -> bool:
+        """`observe` matters: the method learns from the prompt's queries, not from its keys and values alone."""
+        return False
+
     def for_layer(self, layer: int, num_layers: int) -> "Selector":
         """What this method is in one of a model's layers."""
         # full.py builds on this module.
@@ -265,6 +270,14 @@ def selected(mask: jax.Array, query: jax.Array, cache: "LayerCache", *, mass: fl
         scored=jnp.broadcast_to(counts[..., None], query.shape[:3]),
         mass=jnp.full(query.shape[:3], mass, jnp.float32),
     )
+
+
+def mask_of(selection: Selection) -> jax.Array:
+    """bool [B,K,T], the tokens of a selection."""
+    batch, kv_heads, tokens = selection.indices.shape
+    index = jnp.where(jnp.arange(tokens) < selection.counts[..., None], selection.indices, tokens)
+    rows = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
+    return jnp.zeros(selection.indices.shape, bool).at[*rows, index].set(True, mode="drop")
 
 
 def newest(array: jax.Array, cache: "LayerCache") -> jax.Array:

@@ -59,6 +59,10 @@ class SnapKV(Selector):
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, got {self.kernel}")
 
+    @property
+    def observes(self) -> bool:
+        return True
+
     def bytes_per_token(self, head_dim: int, itemsize: int) -> float:
         del head_dim, itemsize
         return 0
@@ -71,7 +75,7 @@ class SnapKV(Selector):
         )
 
     def observe(self, state: KeptPrompt, cache: "LayerCache", query: jax.Array, new_tokens: jax.Array) -> KeptPrompt:
-        return dataclasses.replace(state, last=state.last.push(query, new_tokens))
+        return dataclasses.replace(state, last=state.last.push(query, cache, new_tokens))
 
     def build(self, state: KeptPrompt, cache: "LayerCache") -> KeptPrompt:
         position = jnp.arange(cache.capacity)

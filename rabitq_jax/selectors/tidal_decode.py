@@ -27,9 +27,9 @@ from rabitq_jax.selectors.selector import (
     Selector,
     State,
     Step,
+    mask_of,
     selected,
-)  # fmt: skip
-from rabitq_jax.top_p import Selection
+)
 
 if TYPE_CHECKING:
     from rabitq_jax.cache import LayerCache
@@ -92,11 +92,3 @@ class SharingLayer(ScoringSelector):
             raise ValueError("previous is None, but this layer attends what the one below has selected: pass its cache")
         bytes_read = cache.keys.shape[1] * cache.length.astype(jnp.float32)
         return Choice(selection=selected(step.previous, query, cache), bytes_read=bytes_read, state=step.previous)
-
-
-def mask_of(selection: Selection) -> jax.Array:
-    """bool [B,K,T], the tokens of a selection."""
-    batch, kv_heads, tokens = selection.indices.shape
-    index = jnp.where(jnp.arange(tokens) < selection.counts[..., None], selection.indices, tokens)
-    rows = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
-    return jnp.zeros(selection.indices.shape, bool).at[*rows, index].set(True, mode="drop")

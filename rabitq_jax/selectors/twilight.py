@@ -29,10 +29,10 @@ from rabitq_jax.selectors.selector import (
     State,
     Step,
     everything,
+    mask_of,
     newest,
     set_newest,
-)  # fmt: skip
-from rabitq_jax.selectors.tidal_decode import mask_of
+)
 
 if TYPE_CHECKING:
     from rabitq_jax.cache import LayerCache
@@ -75,6 +75,10 @@ class Twilight(ScoringSelector):
     @property
     def block(self) -> int:
         return self.base.block
+
+    @property
+    def observes(self) -> bool:
+        return self.base.observes
 
     def bytes_per_token(self, head_dim: int, itemsize: int) -> float:
         """Of a token that the base lets through; others cost what the base reads of them."""
