@@ -89,11 +89,13 @@ CASES = {
         sink=4,
         recent=8,
     ),  # fmt: skip
-    "magicpig": Case(MagicPIG(bits=6, tables=20, sink=4, recent=8), MagicPIG(recent=CAPACITY), sink=4, recent=8),
+    "magicpig": Case(
+        MagicPIG(bits=6, tables=20, sink=4, recent=8), MagicPIG(tables=10, recent=CAPACITY), sink=4, recent=8
+    ),
     "pqcache": Case(PQCache(parts=4, bits=4, **SCORING), PQCache(parts=4, bits=4, rule=ALL), **SCORED),
     "duo-attention": Case(DuoAttention(sink=4, recent=8), DuoAttention(retrieval=1.0), sink=4, recent=8),
     "kivi": Case(KIVI(bits=2, group=16, residual=32), KIVI(residual=CAPACITY)),
-    "extended-rabitq": Case(ExtendedRaBitQ(bits=2, **SCORING), ExtendedRaBitQ(bits=4, rule=TopP(top_p=1.0)), **SCORED),
+    "extended-rabitq": Case(ExtendedRaBitQ(bits=2, **SCORING), ExtendedRaBitQ(bits=1, rule=TopP(top_p=1.0)), **SCORED),
 }
 
 
@@ -140,11 +142,14 @@ class Run:
         return set(self.indices[step, b, k, : self.counts[step, b, k]].tolist())
 
 
+SHAPE = CacheShape(
+    batch=BATCH, capacity=CAPACITY, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=jnp.float32
+)
+
+
 def filled_cache(selector: Selector) -> LayerCache:
-    shape = CacheShape(
-        batch=BATCH, capacity=CAPACITY, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=jnp.float32
-    )
-    cache, half = init_selector_cache(shape, selector), PROMPT.max() // 2
+    """The prompt in two chunks."""
+    cache, half = init_selector_cache(SHAPE, selector), PROMPT.max() // 2
     for start in (0, half):
         chunk = (x[:, start : start + half] for x in inputs())
         cache = prefill(*chunk, cache, np.clip(PROMPT - start, 0, half), last=start > 0)
@@ -152,7 +157,7 @@ def filled_cache(selector: Selector) -> LayerCache:
 
 
 def run(selector: Selector, steps: int) -> Run:
-    """The prompt in two chunks, then one step at a time. Nothing may be compiled but in the first step."""
+    """The prompt, then one step at a time. Nothing may be compiled but in the first step."""
     cache, outputs, compiled = filled_cache(selector), [], 0
     active, rows = np.ones(BATCH, bool), np.arange(BATCH)
     for n in range(steps):

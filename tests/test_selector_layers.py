@@ -40,7 +40,7 @@ from rabitq_jax.selectors.double_sparsity_calibration import calibrate
 from rabitq_jax.selectors.observed_attention import LastQueries
 from rabitq_jax.selectors.tidal_decode import SelectingLayer, SharingLayer
 from tests.checkpoints import TINY, load, write_model
-from tests.selector_cases import BATCH, PROMPT, decode, filled_cache, inputs, softmax
+from tests.selector_cases import BATCH, PROMPT, SHAPE, decode, filled_cache, inputs, softmax
 
 PROMPTS = [np.random.default_rng(0).integers(0, 256, size).tolist() for size in (90, 40)]
 
@@ -134,12 +134,12 @@ def test_a_sequence_that_has_ended_keeps_its_state(selector):
 def test_more_bits_estimate_better_and_centring_helps():
     query, key, value = (x[np.arange(BATCH), PROMPT] for x in inputs())
     grouped = query.reshape(BATCH, 2, 2, -1)
-    errors = {}
+    errors, cache = {}, filled_cache(FullAttention())
+    step = Step(softmax_scale=1.0, new_tokens=jnp.zeros(BATCH, jnp.int32))
     for bits, centroid in ((1, "none"), (1, "prompt"), (2, "prompt"), (4, "prompt")):
         selector = ExtendedRaBitQ(bits=bits, key_centroid=centroid)
-        cache = filled_cache(selector)
-        step = Step(softmax_scale=1.0, new_tokens=jnp.zeros(BATCH, jnp.int32))
-        scores = selector.score(grouped, cache.state, cache, step)
+        state = jax.jit(selector.build)(selector.init(SHAPE), cache)
+        scores = selector.score(grouped, state, cache, step)
         exact = jnp.einsum("bkgd,bktd->bkgt", grouped, cache.keys)
         errors[bits, centroid] = float(jnp.std((scores - exact)[0, :, :, : PROMPT[0]]))
     one_bare, one, two, four = errors.values()
@@ -250,7 +250,11 @@ def test_arguments_make_selectors_and_rules():
         (lambda: DoubleSparsity(channels=12), "channels must be a positive multiple of 8, got 12"),
         (lambda: DoubleSparsity(calibrated=(((0, 1),),)), "calibrated must have 16 channels a kv head, got 2"),
         (lambda: TidalDecode(selection_layers=(3, 2)), "selection_layers must be layers in order"),
+        (lambda: TidalDecode(dense_layers=3), "dense_layers must be at most the first selection layer 2, got 3"),
+        (lambda: make_selector("quest", rule="all"), "rule must be a budget rule .*, got 'all'"),
+        (lambda: Twilight(base="quest"), "base must be a selector, got 'quest'"),
         (lambda: MagicPIG(bits=17), "bits must be at most 16, got 17"),
+        (lambda: DuoAttention(retrieval="half"), r"retrieval must be in \[0, 1\], got 'half'"),
         (lambda: DuoAttention(retrieval=2), r"retrieval must be in \[0, 1\], got 2"),
         (lambda: DuoAttention(heads=((0,),)).for_layer(0, 2), "heads must name those of 2 layers, got 1"),
         (lambda: KIVI(bits=3), "bits must be 1, 2, 4 or 8, got 3"),

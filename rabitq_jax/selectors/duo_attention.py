@@ -13,6 +13,7 @@ A split that is given may be any, as one of trained gates.
 
 import dataclasses
 import math
+import numbers
 from typing import TYPE_CHECKING
 
 import jax
@@ -59,7 +60,7 @@ class DuoAttention(Selector):
         super().__post_init__()
         check_at_least("sink", self.sink, 0)
         check_at_least("recent", self.recent, 1)
-        if isinstance(self.retrieval, bool) or not 0 <= self.retrieval <= 1:
+        if not isinstance(self.retrieval, numbers.Real) or not 0 <= self.retrieval <= 1:
             raise ValueError(f"retrieval must be in [0, 1], got {self.retrieval!r}")
 
     def for_layer(self, layer: int, num_layers: int) -> Selector:

@@ -188,6 +188,8 @@ class ScoringSelector(Selector):
 
     def __post_init__(self):
         super().__post_init__()
+        if not isinstance(self.rule, Rule):
+            raise ValueError(f"rule must be a budget rule such as TopK(budget=1024), got {self.rule!r}")
         check_at_least("sink", self.sink, 0)
         check_at_least("recent", self.recent, 1)
 

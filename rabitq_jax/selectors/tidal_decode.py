@@ -51,9 +51,13 @@ class TidalDecode(ScoringSelector):
         layers = self.selection_layers
         if not isinstance(layers, tuple) or not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
             raise ValueError(f"selection_layers must be layers in order, such as (2, 13), got {layers!r}")
+        if self.dense_layers > layers[0]:
+            raise ValueError(
+                f"dense_layers must be at most the first selection layer {layers[0]}, got {self.dense_layers}"
+            )
 
     def for_layer(self, layer: int, num_layers: int) -> Selector:
-        if layer < max(self.selection_layers[0], self.dense_layers):
+        if layer < self.selection_layers[0]:
             return FullAttention()
         kind = SelectingLayer if layer in self.selection_layers else SharingLayer
         return kind(rule=self.rule, sink=self.sink, recent=self.recent)

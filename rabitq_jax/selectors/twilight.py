@@ -62,6 +62,8 @@ class Twilight(ScoringSelector):
 
     def __post_init__(self):
         super().__post_init__()
+        if not isinstance(self.base, Selector):
+            raise ValueError(f"base must be a selector, got {self.base!r}")
         if self.bits not in (2, 4, 8):
             raise ValueError(f"bits must be 2, 4 or 8, got {self.bits!r}")
 
