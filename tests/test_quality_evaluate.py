@@ -11,11 +11,13 @@ from click.testing import CliRunner
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import evaluate, parts, plots, report, sweep, tasks
+from benchmarks.quality.compared import COMPARED
 from benchmarks.quality.evaluate import Known
 from benchmarks.quality.problem import Problem
 from models import Tokenizer, causal_attention
 from rabitq_jax import RaBitQConfig, generate
 from rabitq_jax.selectors import FullAttention, Quest, TidalDecode, TopK
+from rabitq_jax.selectors.arguments import parse_selector
 from tests.checkpoints import TINY, load, write_model, write_tokenizer
 
 KEY = jax.random.key(0)
@@ -228,6 +230,10 @@ def test_other_methods_have_lines_of_their_own():
     (axis,) = plots.draw_methods({"rows": rows, "probes": []}).axes
     assert [line.get_label() for line in axis.lines] == ["dense", "rabitq", "quest", "full"]
     assert [line.get_ydata().tolist() for line in axis.lines] == [[0], [0.25], [0.5], [0.75]]
+
+
+def test_compared_methods_can_be_read():
+    assert len({parse_selector(method) for method in COMPARED}) == len(COMPARED)
 
 
 def test_sweep_reads_its_table_off_at_equal_bytes():
