@@ -9,6 +9,7 @@ from benchmarks.quality.report import cells, unique
 
 WITHIN = (0.1, 0.2)
 ENOUGH = 0.9
+COLORS = plt.get_cmap("tab20")
 
 
 def table(content: dict[str, Any]) -> str:
@@ -30,7 +31,7 @@ def table(content: dict[str, Any]) -> str:
         enough = [point["bytes_read"] for point in points if point["captured"] >= ENOUGH]
         line.append(f"{min(enough):.1%}" if enough else "")
         on_front = sum(point["method"] in front for point in points)
-        line.append("" if is_oracle(name) else f"{on_front} of {len(points)}")
+        line.append(f"{on_front} of {len(points)}" if competes(name) else "")
         lines.append(cells(line))
     return "\n".join(lines)
 
@@ -53,7 +54,7 @@ def best(points: list[dict[str, Any]], measure: str, share: float, form: str) ->
 
 def pareto_front(content: dict[str, Any]) -> set[str]:
     """Points of which no other captures as much with fewer bytes; oracles apart, and KIVI, which leaves nothing out."""
-    points = [point for point in means(content) if not is_oracle(point["name"]) and point["name"] != "KIVI"]
+    points = [point for point in means(content) if competes(point["name"])]
     points.sort(key=lambda point: (point["bytes_read"], -point["captured"]))
     front, most = set(), -1.0
     for point in points:
@@ -61,6 +62,11 @@ def pareto_front(content: dict[str, Any]) -> set[str]:
             front.add(point["method"])
             most = point["captured"]
     return front
+
+
+def competes(name: str) -> bool:
+    """The method is one to use, and leaves tokens out."""
+    return not is_oracle(name) and name.lower() != "kivi"
 
 
 def is_oracle(name: str) -> bool:
@@ -78,7 +84,7 @@ def draw(content: dict[str, Any]) -> plt.Figure:
             rows = [row for row in content["rows"] if row["name"] == name and row["task"] == task]
             rows.sort(key=lambda row: row["bytes_read"])
             style = {
-                "marker": "os^Dv"[i % 5], "color": f"C{i % 10}", "markersize": 4,
+                "marker": "os^Dv"[i % 5], "color": "k" if name == "RaBitQ" else COLORS(i % 20), "markersize": 4,
                 "linestyle": ":" if is_oracle(name) else "-", "linewidth": 2.5 if name == "RaBitQ" else 1,
             }  # fmt: skip
             for axis, measure in zip(row_axes, ("captured", "right"), strict=True):

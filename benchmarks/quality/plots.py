@@ -73,7 +73,8 @@ def draw_methods(content: dict[str, Any]) -> plt.Figure:
                 points.setdefault(method_name(row), {}).setdefault(way(row), []).append(row)
         for i, (method, ways) in enumerate(points.items()):
             means = [[np.mean([row[of] for row in rows]) for of in ("bytes_read", "score")] for rows in ways.values()]
-            style = {"marker": "os^Dv"[i % 5], "color": f"C{i % 10}", "markersize": 5}
+            color = "k" if method == "rabitq" else plt.get_cmap("tab20")(i % 20)
+            style = {"marker": "os^Dv"[i % 5], "color": color, "markersize": 5}
             axis.plot(*zip(*sorted(means), strict=True), label=method, **style)
         axis.set(title=f"{tokens:,} tokens", xlabel="share of bytes read", ylim=(-0.03, 1.03))
         scale_shares(axis)
