@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from benchmarks.make_checkpoint import SHAPES, make_checkpoint
 from rabitq_jax.cli import commands, main
+from rabitq_jax.selectors import DoubleSparsity, make_selector
 
 PROMPT = "We the People of the United States, in Order to form a more perfect Union, establish Justice. " * 12
 
@@ -138,3 +139,13 @@ def test_selectors_are_listed_with_their_bytes():
     run = CliRunner().invoke(commands, ["selectors", "--head-dim", "64"], catch_exceptions=False)
     assert re.search(r"^rabitq +11\.0  RaBitQ", run.output, re.MULTILINE)
     assert re.search(r"^quest +16\.0  Quest: pages of tokens", run.output, re.MULTILINE)
+
+
+def test_calibrated_channels_are_written(folder, prompt_file, tmp_path):
+    output = tmp_path / "channels.json"
+    command = ["calibrate", "--model", str(folder), "--text-file", str(prompt_file), "--channels", "8"]
+    run = CliRunner().invoke(commands, [*command, "--tokens", "300", "--output", str(output)], catch_exceptions=False)
+    assert "8 channels of 4 layers x 2 kv heads, from 300 tokens" in run.output
+    selector = make_selector("double-sparsity", calibrated=str(output))
+    assert isinstance(selector, DoubleSparsity) and selector.channels == 8
+    assert [len(layer) for layer in selector.calibrated] == [2] * 4
