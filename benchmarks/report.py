@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from benchmarks import certificate_report, speed_report
+from benchmarks import certificate_report, selectors_report, speed_report
 from benchmarks.quality.report import about_training, sweep_table, table
 from benchmarks.record import RESULTS
 
@@ -31,6 +31,10 @@ def main() -> None:
         plots.save(sweep.draw(read("sweep.json")), RESULTS / "sweep.png")
     if has("certificate.json"):
         plots.save(certificate_report.draw(read("certificate.json")), RESULTS / "certificate.png")
+    if has("selectors.json"):
+        plots.save(selectors_report.draw(read("selectors.json")), RESULTS / "selectors.png")
+    if has("methods.json"):
+        plots.save(plots.draw_methods(read("methods.json")), RESULTS / "methods.png")
     plots.save(plots.draw_training(read("training.json")), RESULTS / "training.png")
     for page in PAGES:
         page.write_text(rewritten(page.read_text(encoding="utf-8")), encoding="utf-8")
@@ -59,6 +63,10 @@ def sections() -> dict[str, str]:
         made["sweep"] = "\n\n".join([paragraph(f"{provenance(sweep, 'sweep.json', 'results')}:"), sweep_table(sweep)])
     if has("certificate.json"):
         made["certificate"] = certificate(read("certificate.json"))
+    if has("selectors.json"):
+        made["selectors"] = selectors(read("selectors.json"))
+    if has("methods.json"):
+        made["methods"] = methods(read("methods.json"))
     measured = [name for name in OPERATIONS if has(f"{name}.json")]
     if measured:
         made["operations"] = "\n\n".join(part(speed_report.operation(read(f"{name}.json"), name)) for name in measured)
@@ -164,6 +172,34 @@ def certificate(measured: dict[str, Any]) -> str:
     picture = "![True attention captured, and tokens attended, against p](benchmarks/results/certificate.png)"
     parts = [paragraph(about), certificate_report.table(measured), paragraph(hard)]
     return "\n\n".join([*parts, certificate_report.hard_table(measured, p), picture])
+
+
+def selectors(measured: dict[str, Any]) -> str:
+    """Every method on planted answers."""
+    tasks = "; ".join(f"{task}: {text}" for task, text in measured["tasks"].items())
+    heads = measured["problems"] * len(measured["tasks"])
+    about = (
+        f"**Planted answers** ({provenance(measured, 'selectors.json')}; {heads} caches of {measured['tokens']:,} "
+        f"tokens in {measured['dtype']}, 2 kv heads of 4 query heads and {measured['head_dim']} dimensions; half of "
+        f"each of: {tasks}). Each column takes the best of a method's budgets within so many of dense attention's "
+        "bytes; it is empty where even the smallest budget reads more. Captured is the share of the exact attention in "
+        "the tokens attended. The front has the points of which no other captures as much with fewer bytes; oracles, "
+        "and KIVI, which leaves nothing out, do not count for it."
+    )
+    picture = "![True attention captured, and needles answered, against bytes read](benchmarks/results/selectors.png)"
+    return "\n\n".join([paragraph(about), selectors_report.table(measured), picture])
+
+
+def methods(measured: dict[str, Any]) -> str:
+    """Every method on the retrieval model."""
+    (problems,) = {row["examples"] for row in measured["rows"]}
+    about = (
+        f"**Answers of the retrieval model** ({provenance(measured, 'methods.json', 'results')}; {problems} problems "
+        "of each task): scores in percent with their 95 % interval, and what was read and captured, means over all layers and "
+        "tasks."
+    )
+    picture = "![Scores against the share of bytes read](results/methods.png)"
+    return "\n\n".join([paragraph(about), table(measured), picture])
 
 
 def paragraph(text: str) -> str:

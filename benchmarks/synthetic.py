@@ -47,8 +47,8 @@ def make_heads(kind: str, tokens: int, head_dim: int, seed: int, query_offset: f
         if kind != "gaussian":
             mean_key, mean_query = 3 * rng.normal(size=head_dim), query_offset * rng.normal(size=head_dim)
             mean_key[rng.choice(head_dim, 2, replace=False)] *= 10
-        around = _low_rank_noise(basis[k], rng) if kind == "low rank" else lambda n: rng.normal(size=(n, head_dim))
-        rotate = _rotary if kind in ("rotary", "low rank") else lambda x, _: x
+        around = low_rank_noise(basis[k], rng) if kind == "low rank" else lambda n: rng.normal(size=(n, head_dim))
+        rotate = rotary if kind in ("rotary", "low rank") else lambda x, _: x
         heads.append(
             (
                 rotate(mean_query + around(GROUP), np.full(GROUP, tokens)),
@@ -68,7 +68,7 @@ def make_heads(kind: str, tokens: int, head_dim: int, seed: int, query_offset: f
     return Heads(*(x.astype(np.float32) for x in (query, prompt_queries, keys)))
 
 
-def _low_rank_noise(basis, rng):
+def low_rank_noise(basis, rng):
     """Noise [n,D] with nine tenths of its variance in the rows of the basis."""
 
     def around(n):
@@ -78,7 +78,7 @@ def _low_rank_noise(basis, rng):
     return around
 
 
-def _rotary(x, position):
+def rotary(x, position):
     """Rotary embedding of x [n,D], dimension i paired with i + D / 2."""
     half = x.shape[1] // 2
     angle = position[:, None] * ROPE_BASE ** (-np.arange(half) / half)

@@ -11,13 +11,22 @@ import jax
 import jax.numpy as jnp
 
 from rabitq_jax import codes as key_codes
-from rabitq_jax.cache import Cache, LayerCache, append, init_codes, init_scored_values, layer_rotation_key
+from rabitq_jax.cache import (
+    Cache,
+    LayerCache,
+    append,
+    init_codes,
+    init_scored_values,
+    init_state,
+    layer_rotation_key,
+)
 from rabitq_jax.certified_attention import Verification, attend_certified
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.decode_stats import DecodeStats, ReadSizes
 from rabitq_jax.dense_attention import decode_attention, prefill_attention
 from rabitq_jax.gathered_attention import gathered_attention
 from rabitq_jax.selection import choose_tokens, quantize_and_sum
+from rabitq_jax.selectors import Attended, CacheShape, Selector, Step
 
 
 def decode(
@@ -25,21 +34,24 @@ def decode(
     key: jax.Array,
     value: jax.Array,
     cache: LayerCache,
-    config: RaBitQConfig | None,
+    config: RaBitQConfig | Selector | None,
     *,
     prng_key: jax.Array | None = None,
     layer: int = 0,
     active: jax.Array | None = None,
+    previous: LayerCache | None = None,
 ) -> tuple[jax.Array, LayerCache, DecodeStats]:
     """Append one token to every sequence and attend to the cache.
 
     Args:
       query: [B,H,D] and key, value: [B,K,D] of the new tokens, after rotary embedding; H a multiple of K.
       cache: with room for one more token (checked by the caller, on the host: lengths are traced here).
-      config: the one the cache was made with; not used by a layer without codes, which attends densely.
+      config: the one the cache was made with; not used by a layer without codes, which attends densely, or by the
+        selector that the cache holds.
       prng_key: for config.query_rounding "random".
       layer: layers that share prng_key round independently.
       active: bool [B]; a sequence that is not keeps its cache, and its output means nothing. All by default.
+      previous: the previous layer's cache, as this step has left it: for selectors that share between layers.
 
     Returns:
       Output [B,H,D] in query's dtype, the new cache, and stats.
@@ -54,15 +66,41 @@ def decode(
     softmax_scale = head_dim**-0.5
     new_tokens = jnp.ones_like(cache.length) if active is None else active.astype(jnp.int32)
     cache = append(cache, key[:, None], value[:, None], new_tokens)
-    if cache.codes is None:
+    if cache.selector is not None:
+        step = Step(softmax_scale=softmax_scale, new_tokens=new_tokens, previous=previous and previous.state)
+        cache, attended = attend_with_selector(grouped, cache, step)
+        out, stats = attended.out, _selector_stats(attended, cache)
+    elif cache.codes is None:
         out = decode_attention(grouped, cache.keys, cache.values, cache.length, softmax_scale=softmax_scale)
         stats = _dense_stats(cache, heads)
     else:
-        if config is None:
-            raise ValueError("config is None, but the cache has codes: pass the RaBitQConfig it was made with")
+        if not isinstance(config, RaBitQConfig):
+            raise ValueError(f"config is {config}, but the cache has codes: pass the RaBitQConfig it was made with")
         out, _, stats = attend_selected(grouped, cache, config, softmax_scale, prng_key, layer)
         cache = _quantize_full_blocks(cache, config, max_blocks=1)
     return out.reshape(query.shape).astype(query.dtype), cache, stats
+
+
+def attend_with_selector(query, cache: LayerCache, step: Step) -> tuple[LayerCache, Attended]:
+    """Attention of queries [B,K,G,D] under the cache's selector, once the new token is in the cache."""
+    assert cache.selector is not None
+    state = cache.selector.update(cache.state, cache, step)
+    attended = cache.selector.attend(query, state, cache, step)
+    return dataclasses.replace(cache, state=attended.state), attended
+
+
+def _selector_stats(attended: Attended, cache: LayerCache) -> DecodeStats:
+    flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
+    return DecodeStats(
+        length=cache.length,
+        quantized=cache.quantized,
+        kept=attended.selection.counts,
+        read=attended.selection.counts,
+        scored=flat(attended.selection.scored),
+        mass=flat(attended.selection.mass),
+        sizes=ReadSizes(row=cache.keys.shape[3] * cache.keys.dtype.itemsize),
+        selector_bytes=attended.bytes_read,
+    )
 
 
 def _attend_and_verify(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, layer: int):
@@ -176,7 +214,7 @@ def prefill(
     key: jax.Array,
     value: jax.Array,
     cache: LayerCache,
-    config: RaBitQConfig | None,
+    config: RaBitQConfig | Selector | None,
     *,
     new_tokens: jax.Array | None = None,
     fresh: bool = False,
@@ -187,7 +225,7 @@ def prefill(
     Args:
       query: [B,N,H,D] and key, value: [B,N,K,D], after rotary embedding.
       cache: with room for the chunk (checked by the caller, on the host).
-      config: the one the cache was made with; not used by a layer without codes.
+      config: the one the cache was made with; not used by a layer without codes, or by the cache's selector.
       new_tokens: int32 [B], real tokens of the chunk, the rest being padding at its end; all N by default.
       fresh: the cache is empty, so that the chunk alone is attended. Never required, and faster.
       last: no chunk of this prompt follows. Codes are built, of all but the recent window. Centroids of the prompt
@@ -207,10 +245,16 @@ def prefill(
     cache = append(cache, key, value, new_tokens)
     with jax.named_scope("prefill_attention"):
         out = prefill_attention(query, cache.keys, cache.values, start, fresh=fresh, softmax_scale=head_dim**-0.5)
+    if cache.selector is not None:
+        with jax.named_scope("build_state"):
+            state = cache.selector.observe(cache.state, cache, query, new_tokens)
+            if last:
+                state = cache.selector.build(state, cache)
+        return out, dataclasses.replace(cache, state=state)
     if cache.codes is None:
         return out, cache
-    if config is None:
-        raise ValueError("config is None, but the cache has codes: pass the RaBitQConfig it was made with")
+    if not isinstance(config, RaBitQConfig):
+        raise ValueError(f"config is {config}, but the cache has codes: pass the RaBitQConfig it was made with")
     with jax.named_scope("build_codes"):
         if cache.codes.query_centroid is not None:
             cache = _update_query_centroid(cache, query, start, new_tokens)
@@ -219,18 +263,21 @@ def prefill(
     return out, cache
 
 
-def add_codes(cache: Cache, config: RaBitQConfig) -> Cache:
-    """A densely prefilled cache with the codes that prefilling it under `config` would have made.
+def add_codes(cache: Cache, config: RaBitQConfig | Selector) -> Cache:
+    """A densely prefilled cache with the codes, or the selector's states, that prefilling it under `config` would have
+    made.
 
     So a prompt that has been read once can be continued under several configurations. Keys and values are not copied.
 
     Raises:
-      ValueError: the cache has codes, its capacity is not a multiple of the interval, or config.query_centroid is
-        "prompt", which is a mean of queries that a cache does not hold.
+      ValueError: the cache has codes or a selector, its capacity is not a multiple of the interval or the selector's
+        block, or config.query_centroid is "prompt" or the selector learns from queries, which a cache does not hold.
     """
+    if isinstance(config, Selector):
+        return _add_states(cache, config)
     if config.query_centroid == "prompt":
         raise ValueError("query_centroid 'prompt' needs the prompt's queries: prefill under this config instead")
-    if any(layer.codes is not None for layer in cache.layers):
+    if any(layer.codes is not None or layer.selector is not None for layer in cache.layers):
         raise ValueError("cache has codes already: prefill it with config None")
     if cache.capacity % config.interval:
         raise ValueError(f"the cache's capacity must be a multiple of interval {config.interval}, got {cache.capacity}")
@@ -243,6 +290,26 @@ def add_codes(cache: Cache, config: RaBitQConfig) -> Cache:
         layer = dataclasses.replace(layers[index], codes=codes, scored_values=scored_values)
         layers[index] = build_codes(layer, config)
     return Cache(layers=tuple(layers), rotation_seed=jnp.uint32(config.rotation_seed))
+
+
+def _add_states(cache: Cache, selector: Selector) -> Cache:
+    """A densely prefilled cache under a selector."""
+    if selector.observes:
+        raise ValueError(f"{type(selector).__name__} learns from the prompt's queries: prefill under it instead")
+    if any(layer.codes is not None or layer.selector is not None for layer in cache.layers):
+        raise ValueError("cache has codes or a selector already: prefill it with config None")
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        batch, kv_heads, capacity, head_dim = layer.keys.shape
+        # How many query heads there are matters to those alone that learn from queries.
+        shape = CacheShape(
+            batch=batch, capacity=capacity, num_heads=kv_heads, num_kv_heads=kv_heads, head_dim=head_dim,
+            dtype=layer.keys.dtype,
+        )  # fmt: skip
+        own = selector.for_layer(index, len(cache.layers))
+        state = init_state(shape, own)
+        layers.append(dataclasses.replace(layer, selector=own, state=own.build(state, layer)))
+    return Cache(layers=tuple(layers), rotation_seed=jnp.uint32(0))
 
 
 def build_codes(cache: LayerCache, config: RaBitQConfig) -> LayerCache:

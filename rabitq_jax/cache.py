@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,10 @@ from rabitq_jax import rotation
 from rabitq_jax._dispatch import select
 from rabitq_jax.codes import KeyCodes
 from rabitq_jax.config import RaBitQConfig
+from rabitq_jax.selectors.selector import CacheShape
+
+if TYPE_CHECKING:
+    from rabitq_jax.selectors import Selector
 
 CAPACITY_UNIT = 512
 
@@ -41,6 +45,8 @@ class LayerCache:
       length: int32 [B], tokens held for each sequence.
       quantized: int32 [B], tokens that have codes, a multiple of the configuration's interval.
       scored_values: float32 [B,K,D], sum of the values of tokens [sink, quantized); None unless config.tail is "mean".
+      state: of the selector, if there is one: a pytree.
+      selector: the retrieval method of a layer without codes, static; None in a layer that attends densely.
     """
 
     keys: jax.Array
@@ -49,6 +55,8 @@ class LayerCache:
     length: jax.Array
     quantized: jax.Array
     scored_values: jax.Array | None = None
+    state: Any = None
+    selector: "Selector | None" = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def capacity(self) -> int:
@@ -122,9 +130,11 @@ class LoopCache:
         return Cache(layers=tuple(layers), rotation_seed=self.rotation_seed)
 
 
-def round_capacity(tokens: int, config: RaBitQConfig | None) -> int:
-    """The smallest capacity that holds `tokens`: a multiple of 512 and of the quantization interval."""
-    unit = CAPACITY_UNIT if config is None else math.lcm(CAPACITY_UNIT, config.interval)
+def round_capacity(tokens: int, config: "RaBitQConfig | Selector | None") -> int:
+    """The smallest capacity that holds `tokens`: a multiple of 512 and of the quantization interval, or a selector's
+    block."""
+    block = 1 if config is None else config.interval if isinstance(config, RaBitQConfig) else config.block
+    unit = math.lcm(CAPACITY_UNIT, block)
     return -(-tokens // unit) * unit
 
 
@@ -199,14 +209,43 @@ def layer_rotation_key(seed, layer: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), layer)
 
 
+def init_selector_cache(shape: CacheShape, selector: "Selector") -> LayerCache:
+    """An empty cache of one layer under a retrieval method.
+
+    Raises:
+      ValueError: as `init_layer_cache`; or the capacity is not a multiple of the selector's block.
+    """
+    layer = init_layer_cache(shape.batch, shape.capacity, shape.num_kv_heads, shape.head_dim, None, dtype=shape.dtype)
+    return dataclasses.replace(layer, selector=selector, state=init_state(shape, selector))
+
+
+def init_state(shape: CacheShape, selector: "Selector") -> Any:
+    """The selector's state for no tokens.
+
+    Raises:
+      ValueError: the capacity is not a multiple of the selector's block.
+    """
+    if shape.capacity % selector.block:
+        raise ValueError(f"capacity must be a multiple of {selector.block} tokens, got {shape.capacity}")
+    return selector.init(shape)
+
+
 def init_cache(
-    shape: AttentionShape, batch: int, capacity: int, config: RaBitQConfig | None, *, dtype=jnp.bfloat16
+    shape: AttentionShape, batch: int, capacity: int, config: "RaBitQConfig | Selector | None", *, dtype=jnp.bfloat16
 ) -> Cache:
     """An empty cache for a model; `config` None makes every layer dense.
 
     Raises:
-      ValueError: as `init_layer_cache`.
+      ValueError: as `init_layer_cache` and `init_selector_cache`.
     """
+    if config is not None and not isinstance(config, RaBitQConfig):
+        layer_shape = CacheShape(
+            batch=batch, capacity=capacity, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim, dtype=dtype,
+        )  # fmt: skip
+        selectors = (config.for_layer(layer, shape.num_layers) for layer in range(shape.num_layers))
+        layers = tuple(init_selector_cache(layer_shape, selector) for selector in selectors)
+        return Cache(layers=layers, rotation_seed=jnp.uint32(0))
     seed = 0 if config is None else config.rotation_seed
     layers = []
     for layer in range(shape.num_layers):

@@ -1,8 +1,10 @@
-"""The command line: `rabitq-jax generate` and `rabitq-jax inspect`."""
+"""The command line: `rabitq-jax generate`, `selectors`, `calibrate` and `inspect`."""
 
+import json
 import sys
 import warnings
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import click
 import jax
@@ -17,6 +19,9 @@ from rabitq_jax.cache import init_cache, round_capacity
 from rabitq_jax.config import RaBitQConfig, SelectionRule, Tail
 from rabitq_jax.generation import Generation, generate
 from rabitq_jax.sampling import Sampling
+from rabitq_jax.selectors import SELECTORS, Selector, make_selector
+from rabitq_jax.selectors.arguments import parse_arguments
+from rabitq_jax.selectors.double_sparsity_calibration import calibrate
 
 DEFAULT = RaBitQConfig()
 DTYPES = ("bfloat16", "float16", "float32")
@@ -71,6 +76,13 @@ dtype_option = click.option("--dtype", type=click.Choice(DTYPES), default="bfloa
 )  # fmt: skip
 @click.option("--dense", is_flag=True, help="Attend to everything, without codes.")
 @click.option(
+    "--selector", type=click.Choice(["rabitq", *SELECTORS]),
+    help="Another retrieval method than RaBitQ; `rabitq-jax selectors` lists them.",
+)  # fmt: skip
+@click.option(
+    "--selector-args", default="", metavar="NAME=VALUE,...", help="Its arguments, such as page=16,budget=1024."
+)
+@click.option(
     "--dense-layers", default=DEFAULT.dense_layers, show_default=True, help="First layers that attend densely."
 )
 @click.option("--chat", is_flag=True, help="Send the prompt as a user's message, by the checkpoint's chat template.")
@@ -81,12 +93,12 @@ dtype_option = click.option("--dtype", type=click.Choice(DTYPES), default="bfloa
 @click.option("--ignore-eos", is_flag=True, help="Do not stop at an end-of-text token.")
 @dtype_option
 def generate_command(
-    model, prompt_file, max_new_tokens, top_p, selection, failure_rate, tail, dense, dense_layers, chat, temperature,
-    sample_top_k, sample_top_p, seed, ignore_eos, dtype,
+    model, prompt_file, max_new_tokens, top_p, selection, failure_rate, tail, dense, selector, selector_args,
+    dense_layers, chat, temperature, sample_top_k, sample_top_p, seed, ignore_eos, dtype,
 ) -> None:  # fmt: skip
     """Continue a text. The text goes to standard output, everything else to standard error."""
     choices = dict(top_p=top_p, selection=selection, failure_rate=failure_rate, tail=tail, dense_layers=dense_layers)
-    config = None if dense else RaBitQConfig(**choices)
+    config = choose_method(choices, dense=dense, selector=selector, selector_args=selector_args)
     sampling = Sampling(temperature=temperature, top_k=sample_top_k, top_p=sample_top_p)
     decoder, tokenizer = load_pretrained(model, dtype=jnp.dtype(dtype))
     prompt = encode_prompt(tokenizer, prompt_file.read(), chat=chat)
@@ -100,6 +112,25 @@ def generate_command(
     click.echo(summarize(out, len(prompt)), err=True)
     if not out.finite.all():
         raise ValueError("NaN or infinity came up in attention or logits: the text means nothing")
+
+
+def choose_method(
+    choices: dict[str, Any], *, dense: bool, selector: str | None, selector_args: str
+) -> RaBitQConfig | Selector | None:
+    """What the options say: RaBitQ's choices, dense attention, or a method with its own arguments.
+
+    Raises:
+      ValueError: they contradict each other.
+    """
+    if selector is None:
+        if selector_args:
+            raise ValueError(f"--selector-args needs --selector, got {selector_args!r} alone")
+        return None if dense else RaBitQConfig(**choices)
+    changed = [name for name, value in choices.items() if value != getattr(DEFAULT, name)]
+    others = [f"--{name.replace('_', '-')}" for name in [*changed, *["dense"] * dense]]
+    if others:
+        raise ValueError(f"--selector takes all of a method's options in --selector-args, got {', '.join(others)} too")
+    return make_selector(selector, **parse_arguments(selector_args))
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, *, chat: bool) -> list[int]:
@@ -137,6 +168,47 @@ def summarize(out: Generation, prompt_tokens: int) -> str:
         f"decode {decode_rate:,.1f} tokens/s (compiling, {out.compile_seconds:.1f} s, apart) | "
         f"kept {kept:.1%} of tokens, read {read:.1%} of dense attention's bytes{verified}"
     )
+
+
+@commands.command("selectors")
+@click.option("--head-dim", type=click.IntRange(min=1), default=128, show_default=True)
+@dtype_option
+def selectors_command(head_dim, dtype) -> None:
+    """List the retrieval methods: bytes that scoring reads of each cached token and kv head, and what they are.
+
+    Keys and values of the tokens that are then attended come on top.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    # Bits in words of 32, a scale, and a share of the block's centroid.
+    rabitq_bytes = 4 * -(-head_dim // 32) + 2 + 2 * head_dim / DEFAULT.interval
+    click.echo(f"{'rabitq':18}{rabitq_bytes:7.1f}  {describe(RaBitQConfig)}")
+    for name, kind in SELECTORS.items():
+        click.echo(f"{name:18}{kind().bytes_per_token(head_dim, itemsize):7.1f}  {describe(kind)}")
+    row = 2 * head_dim * itemsize
+    click.echo(f"{'':18}{row:7.1f}  (key and value of a token in {dtype}, {head_dim} dimensions)")
+
+
+def describe(kind: type) -> str:
+    """The first line of a method's module."""
+    if kind is RaBitQConfig:
+        return "RaBitQ: one bit per key dimension, and Top-p of the estimated attention (arXiv 2606.31519)."
+    return (sys.modules[kind.__module__].__doc__ or "").partition("\n")[0]
+
+
+@commands.command("calibrate")
+@model_option
+@click.option("--text-file", required=True, type=click.File(encoding="utf-8"), help="A text; - for standard input.")
+@click.option("--channels", type=click.IntRange(min=8), default=16, show_default=True, help="Of each kv head.")
+@click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Of the text, at most.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="File to write, in JSON.")
+@dtype_option
+def calibrate_command(model, text_file, channels, tokens, output, dtype) -> None:
+    """Find the channels that matter in a text, for --selector double-sparsity --selector-args calibrated=FILE."""
+    decoder, tokenizer = load_pretrained(model, dtype=jnp.dtype(dtype))
+    text = tokenizer.encode(text_file.read())[:tokens]
+    found = calibrate(decoder, text, channels=channels)
+    output.write_text(json.dumps({"tokens": len(text), "channels": found}) + "\n", encoding="utf-8")
+    click.echo(f"{channels} channels of {len(found)} layers x {len(found[0])} kv heads, from {len(text):,} tokens")
 
 
 @commands.command("inspect")

@@ -52,6 +52,7 @@ class DecodeStats:
       The last four are None for config.selection "plain", which verifies nothing; 1, 1, False and True in a layer that
       attends densely.
       sizes: static.
+      selector_bytes: float32 [B], all bytes that the layer's selector read; None in a layer without one.
     """
 
     length: jax.Array
@@ -65,14 +66,17 @@ class DecodeStats:
     extended: jax.Array | None = None
     certified: jax.Array | None = None
     sizes: ReadSizes = dataclasses.field(metadata={"static": True})
+    selector_bytes: jax.Array | None = None
 
     @property
     def bytes_read(self) -> jax.Array:
         """float32 [B], bytes of the cache that the step reads.
 
         Codes and centroids of the quantized tokens; keys and values of the attended ones; for p over all tokens, keys
-        of sinks and window once more; and the tail's values.
+        of sinks and window once more; and the tail's values. With a selector, what it says.
         """
+        if self.selector_bytes is not None:
+            return self.selector_bytes
         sizes, kv_heads = self.sizes, self.read.shape[1]
         quantized = self.quantized.astype(jnp.float32)
         centroids = jnp.ceil(quantized / sizes.tokens_per_centroid)

@@ -11,6 +11,7 @@ from rabitq_jax import attention
 from rabitq_jax.cache import Cache, LoopCache
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.sampling import Sampling, sample
+from rabitq_jax.selectors import Selector
 
 # What becomes of a layer's query heads in the stats of a step.
 VERIFIED = {"verified": jnp.mean, "bound": jnp.min, "extended": jnp.mean, "certified": jnp.mean}
@@ -24,7 +25,8 @@ class StepStats:
     Attributes:
       length: int32 [B,N], tokens in the cache, the step's own included.
       kept: int32 [B,N,L,K], tokens attended by each kv head.
-      mass: float32 [B,N,L], share of the estimated attention mass in the kept tokens, mean over query heads.
+      mass: float32 [B,N,L], share of the estimated attention mass in the kept tokens, mean over query heads; NaN under
+        a selector that estimates none.
       bytes_read, bytes_dense: float32 [B,N,L], bytes of the cache that the step reads, and that dense attention would.
       verified: float32 [B,N,L], share of all attention in the tokens attended, as exact attention to them shows it,
         mean over query heads.
@@ -117,7 +119,7 @@ class ModelDefinition:
 )
 def prefill_chunk(
     definition: ModelDefinition, params, cache: Cache, hidden, tokens, new_tokens, total_length, *,
-    config: RaBitQConfig | None, fresh: bool, last: bool,
+    config: RaBitQConfig | Selector | None, fresh: bool, last: bool,
 ):  # fmt: skip
     """Append one chunk of the prompts to the cache.
 
@@ -191,7 +193,7 @@ def start_decoding(
 )
 def decode_steps(
     definition: ModelDefinition, params, state: DecodeState, key, stop, *,
-    num_steps: int, config: RaBitQConfig | None, sampling: Sampling, eos_token_ids: tuple[int, ...],
+    num_steps: int, config: RaBitQConfig | Selector | None, sampling: Sampling, eos_token_ids: tuple[int, ...],
 ):  # fmt: skip
     """Decode `num_steps` steps, of which those from step `stop` on (int32 [], at most N) change nothing.
 
@@ -227,12 +229,15 @@ def _decode_step(model, state: DecodeState, active, key, config, sampling, eos_t
     """One step of the sequences that are active, bool [B]; the others stay as they are."""
     prng_key = rounding_key(key, state.step)
 
+    previous = None
+
     def attend(layer, query, new_key, value, layer_cache):
-        out, layer_cache, stats = attention.decode(
+        nonlocal previous
+        out, previous, stats = attention.decode(
             query[:, 0], new_key[:, 0], value[:, 0], layer_cache, config,
-            prng_key=prng_key, layer=layer, active=active,
+            prng_key=prng_key, layer=layer, active=active, previous=previous,
         )  # fmt: skip
-        return out[:, None], layer_cache, stats
+        return out[:, None], previous, stats
 
     length = state.cache.length
     hidden, layers, layer_stats = model(

@@ -16,6 +16,7 @@ from rabitq_jax.cache import AttentionShape, Cache, init_cache, round_capacity
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.decoding import DecodeState, ModelDefinition, StepStats, decode_steps, prefill_chunk, start_decoding
 from rabitq_jax.sampling import Sampling
+from rabitq_jax.selectors import Selector
 
 Tokens = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 
@@ -76,7 +77,7 @@ class Generation:
 def generate(
     model: Decoder,
     tokens: Tokens,
-    config: RaBitQConfig | None = None,
+    config: RaBitQConfig | Selector | None = None,
     *,
     max_new_tokens: int,
     key: jax.Array,
@@ -95,7 +96,7 @@ def generate(
     Args:
       model: a Flax NNX decoder, such as `models.load_pretrained` returns.
       tokens: one prompt, or one a sequence of the batch: a list, a list of lists of any lengths, or an array [B,N].
-      config: None attends densely.
+      config: a RaBitQConfig, or another retrieval method of rabitq_jax.selectors; None attends densely.
       key: PRNG key. The same key gives the same tokens.
       sampling: greedy by default.
       eos_token_ids: a sequence ends with one of these; the model's by default, () for no end.
@@ -153,7 +154,8 @@ def generate(
         cache, hidden = feed_prompts(definition, params, cache, hidden, prompts, held, config=config, progress=progress)
         state = start_decoding(
             definition, params, cache, hidden, key,
-            sampling=sampling, num_steps=num_steps, verified=config is not None and config.selection != "plain",
+            sampling=sampling, num_steps=num_steps,
+            verified=isinstance(config, RaBitQConfig) and config.selection != "plain",
         )  # fmt: skip
         jax.block_until_ready(state.token)
     with decode_watch:
@@ -194,7 +196,9 @@ def _as_prompts(tokens: Tokens, vocab_size: int) -> list[np.ndarray]:
     return prompts
 
 
-def _check_cache(cache: Cache, batch: int, capacity: int | None, model: Decoder, config: RaBitQConfig | None):
+def _check_cache(
+    cache: Cache, batch: int, capacity: int | None, model: Decoder, config: RaBitQConfig | Selector | None
+):
     """Check that a cache was made for this batch, capacity, model and configuration."""
     if capacity is not None and capacity != cache.capacity:
         raise ValueError(f"capacity is {capacity}, but the cache that was passed has {cache.capacity}")
@@ -209,7 +213,7 @@ def _check_cache(cache: Cache, batch: int, capacity: int | None, model: Decoder,
                 f"cache does not fit the batch, model or config: {jax.tree_util.keystr(path)} must be {want.dtype} "
                 f"{want.shape}, got {got.dtype} {got.shape}"
             )
-    if config is not None and int(cache.rotation_seed) != config.rotation_seed:
+    if isinstance(config, RaBitQConfig) and int(cache.rotation_seed) != config.rotation_seed:
         raise ValueError(
             f"cache was made with rotation_seed {int(cache.rotation_seed)}, but config has {config.rotation_seed}"
         )

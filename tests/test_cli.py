@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from benchmarks.make_checkpoint import SHAPES, make_checkpoint
 from rabitq_jax.cli import commands, main
+from rabitq_jax.selectors import DoubleSparsity, make_selector
 
 PROMPT = "We the People of the United States, in Order to form a more perfect Union, establish Justice. " * 12
 
@@ -108,3 +109,43 @@ def test_inspect_names_what_is_wrong_with_a_folder(tmp_path, monkeypatch, capsys
 def test_runs_as_a_module():
     run = subprocess.run([sys.executable, "-m", "rabitq_jax", "--help"], capture_output=True, text=True, check=True)
     assert "generate" in run.stdout and "inspect" in run.stdout
+
+
+def test_another_method_and_its_arguments(folder, prompt_file):
+    full = generate(folder, prompt_file, "--selector", "full")
+    quest = generate(folder, prompt_file, "--selector", "quest", "--selector-args", "page=8,budget=4096")
+    assert full.stdout == quest.stdout
+    # Bounds of pages of 8 tokens on top of every token's key and value.
+    assert "kept 100.0% of tokens, read 100.0%" in full.stderr and "kept 100.0% of tokens, read 11" in quest.stderr
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (("--selector", "quest", "--top-p", "0.5"), "in --selector-args, got --top-p too"),
+        (("--selector-args", "page=8"), "--selector-args needs --selector"),
+        (("--selector", "quest", "--selector-args", "pages=8"), "Quest has no argument 'pages'"),
+        (("--selector", "quest", "--selector-args", "page=8,sink"), "must be name=value"),
+        (("--selector", "quest", "--selector-args", "page=8,sink=4"), "sink must be a multiple of page 8, got 4"),
+        (("--selector", "oracle-top-p", "--selector-args", "top_p=1.5"), "top_p must be in (0, 1], got 1.5"),
+    ],
+)
+def test_a_method_s_wrong_arguments_are_named(folder, prompt_file, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        generate(folder, prompt_file, *options)
+
+
+def test_selectors_are_listed_with_their_bytes():
+    run = CliRunner().invoke(commands, ["selectors", "--head-dim", "64"], catch_exceptions=False)
+    assert re.search(r"^rabitq +11\.0  RaBitQ", run.output, re.MULTILINE)
+    assert re.search(r"^quest +16\.0  Quest: pages of tokens", run.output, re.MULTILINE)
+
+
+def test_calibrated_channels_are_written(folder, prompt_file, tmp_path):
+    output = tmp_path / "channels.json"
+    command = ["calibrate", "--model", str(folder), "--text-file", str(prompt_file), "--channels", "8"]
+    run = CliRunner().invoke(commands, [*command, "--tokens", "300", "--output", str(output)], catch_exceptions=False)
+    assert "8 channels of 4 layers x 2 kv heads, from 300 tokens" in run.output
+    selector = make_selector("double-sparsity", calibrated=str(output))
+    assert isinstance(selector, DoubleSparsity) and selector.channels == 8
+    assert [len(layer) for layer in selector.calibrated] == [2] * 4

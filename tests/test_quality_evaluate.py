@@ -11,10 +11,13 @@ from click.testing import CliRunner
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import evaluate, parts, plots, report, sweep, tasks
+from benchmarks.quality.compared import COMPARED
 from benchmarks.quality.evaluate import Known
 from benchmarks.quality.problem import Problem
 from models import Tokenizer, causal_attention
 from rabitq_jax import RaBitQConfig, generate
+from rabitq_jax.selectors import FullAttention, Quest, TidalDecode, TopK
+from rabitq_jax.selectors.arguments import parse_selector
 from tests.checkpoints import TINY, load, write_model, write_tokenizer
 
 KEY = jax.random.key(0)
@@ -65,7 +68,11 @@ def forward(model, tokens):
     return np.asarray(jax.nn.log_softmax(model.logits(hidden))[0])
 
 
-@pytest.mark.parametrize("config", [None, dataclasses.replace(CONFIG, top_p=1.0)], ids=["dense", "p = 1"])
+@pytest.mark.parametrize(
+    "config",
+    [None, dataclasses.replace(CONFIG, top_p=1.0), TidalDecode(selection_layers=(0,), rule=TopK(budget=4096))],
+    ids=["dense", "p = 1", "tidal-decode"],
+)
 def test_log_probs_are_those_of_a_forward_pass(model, known, config):
     (run,) = force(model, known, config)
     for b, (prompt, text) in enumerate(zip(known.prompts, known.texts, strict=True)):
@@ -202,6 +209,31 @@ def test_command_writes_results_tables_and_pictures(folder, tmp_path, monkeypatc
     assert (tmp_path / "quality.md").read_text().strip() == report.table(content)
     for picture in ("scores", "heads", "mass"):
         assert (tmp_path / f"quality-{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_methods_have_lines_of_their_own():
+    part = parts.Part(
+        model="", dtype="float32", configs=(None, CONFIG), methods=("quest:page=8,budget=64", "full"), chat=False,
+        examples=1,
+    )  # fmt: skip
+    about, configs = zip(*part.ways, strict=True)
+    assert configs == (None, CONFIG, Quest(page=8, rule=TopK(budget=64)), FullAttention())
+    rows = [
+        {"task": task, "tokens": 10, **way, "kept": 0.1, "bytes_read": 0.2, "score": i / 4, "interval": (0, 1)}
+        for task in ("a", "b")
+        for i, way in enumerate(about)
+    ]
+    table = report.table({"rows": rows, "probes": []}).split("\n")
+    assert [line.split(" | ")[0] for line in table[4:]] == [
+        "| dense", "| p = 0.7", "| `quest:page=8,budget=64`", "| `full`",
+    ]  # fmt: skip
+    (axis,) = plots.draw_methods({"rows": rows, "probes": []}).axes
+    assert [line.get_label() for line in axis.lines] == ["dense", "rabitq", "quest", "full"]
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[0], [0.25], [0.5], [0.75]]
+
+
+def test_compared_methods_can_be_read():
+    assert len({parse_selector(method) for method in COMPARED}) == len(COMPARED)
 
 
 def test_sweep_reads_its_table_off_at_equal_bytes():

@@ -3,6 +3,7 @@
     python -m benchmarks.quality                                  # the model that ships with the library
     python -m benchmarks.quality --model PATH --chat --tokens 32768 --top-p 0.9 --set dense_layers=0
     python -m benchmarks.quality --model PATH --longbench FOLDER --gsm8k FOLDER
+    python -m benchmarks.quality --compare --name methods         # other retrieval methods too
 
 writes benchmarks/results/quality.json, a table beside it (.md), and pictures (.png).
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 import click
 
 from benchmarks.quality import plots
+from benchmarks.quality.compared import COMPARED
 from benchmarks.quality.parts import Part, evaluate_part
 from benchmarks.quality.report import table
 from benchmarks.quality.tasks import TASKS
@@ -22,6 +24,7 @@ from benchmarks.quality.workers import spread, worker_options
 from benchmarks.record import RESULTS, commit_option, write_result
 from models import RETRIEVER
 from rabitq_jax import RaBitQConfig
+from rabitq_jax.selectors.arguments import parse_selector
 
 TOKENS = (4096, 8192, 16384, 32768)
 TOP_P = (0.5, 0.8, 0.9, 0.95, 0.99)
@@ -36,6 +39,8 @@ TOP_P = (0.5, 0.8, 0.9, 0.95, 0.99)
 @click.option("--probes", default=8, show_default=True, help="Problems of each task whose attention is measured.")
 @click.option("--probe-tokens", multiple=True, type=int, help="Lengths at which it is; all by default.")
 @click.option("--top-p", multiple=True, type=float, default=TOP_P, show_default=True, help="Shares of attention.")
+@click.option("--method", "methods", multiple=True, metavar="NAME:ARGUMENTS", help="Another retrieval method.")
+@click.option("--compare", is_flag=True, help="Other methods: those of compared.py too.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A field of RaBitQConfig.")
 @click.option("--longbench", "longbench_folder", type=click.Path(path_type=Path), help="Folder of LongBench's files.")
 @click.option("--gsm8k", "gsm8k_folder", type=click.Path(path_type=Path), help="Folder of train.jsonl and test.jsonl.")
@@ -45,12 +50,17 @@ TOP_P = (0.5, 0.8, 0.9, 0.95, 0.99)
 @worker_options
 @commit_option
 def main(
-    model, dtype, tasks, tokens, examples, probes, probe_tokens, top_p, settings, longbench_folder, gsm8k_folder,
-    context, chat, name, processes, gpus, commit,
+    model, dtype, tasks, tokens, examples, probes, probe_tokens, top_p, methods, compare, settings, longbench_folder,
+    gsm8k_folder, context, chat, name, processes, gpus, commit,
 ) -> None:  # fmt: skip
     overrides = parse_settings(settings)
     configs = (None, *(RaBitQConfig(**{"top_p": p, **overrides}) for p in top_p))
-    part = functools.partial(Part, model=model, dtype=dtype, configs=configs, chat=chat, examples=examples)
+    methods = (*methods, *COMPARED * compare)
+    for method in methods:
+        parse_selector(method)
+    part = functools.partial(
+        Part, model=model, dtype=dtype, configs=configs, methods=methods, chat=chat, examples=examples
+    )
     parts = []
     if longbench_folder:
         parts.append(part(source="longbench", folder=longbench_folder, tokens=context))

@@ -18,6 +18,7 @@ from models import Tokenizer
 from rabitq_jax import Generation, RaBitQConfig, generate
 from rabitq_jax.cache import round_capacity
 from rabitq_jax.generation import Decoder
+from rabitq_jax.selectors import Selector
 
 # Prompt tokens of a batch, and sequences at most.
 BATCH_TOKENS, BATCH_MAX = 131072, 32
@@ -38,7 +39,7 @@ def answer(
     model: Decoder,
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
-    configs: Sequence[RaBitQConfig | None],
+    configs: Sequence[RaBitQConfig | Selector | None],
     *,
     key: jax.Array,
     chat: bool = False,
@@ -84,7 +85,7 @@ def _answered(tokenizer: Tokenizer, problem: Problem, out: Generation, i: int) -
     )
 
 
-def capacity_for(tokens: int, configs: Sequence[RaBitQConfig | None]) -> int:
+def capacity_for(tokens: int, configs: Sequence[RaBitQConfig | Selector | None]) -> int:
     """A capacity for so many tokens that suits every configuration."""
     unit = math.lcm(*(round_capacity(1, config) for config in configs))
     return -(-tokens // unit) * unit
@@ -178,7 +179,12 @@ class Known:
 
 
 def probe(
-    model: Decoder, known: Known, configs: Sequence[RaBitQConfig | None], *, key: jax.Array, progress: bool = False
+    model: Decoder,
+    known: Known,
+    configs: Sequence[RaBitQConfig | Selector | None],
+    *,
+    key: jax.Array,
+    progress: bool = False,
 ) -> list[list[Pass]]:
     """`teacher_forced` over known texts under each configuration: a pass a batch."""
     tokens, longest = max(map(len, known.prompts)), max(map(len, known.texts))
@@ -207,8 +213,8 @@ def compare(passes: Sequence[Pass], dense: Sequence[Pass]) -> dict:
     """Means over decode steps.
 
     The share of texts that greedy decoding reproduces whole; perplexity; divergence from dense (KL, in nats); what was
-    read; and, over the layers with codes, the attention mass claimed, captured and, where it was, verified, and the
-    error of the logits.
+    read; and, over the layers that do not attend densely, the attention mass claimed, captured and, where it was,
+    verified, and the error of the logits, where they are estimated.
     """
     exact, nll, divergence = [], [], []
     sums = defaultdict(list)
@@ -222,8 +228,13 @@ def compare(passes: Sequence[Pass], dense: Sequence[Pass]) -> dict:
             if values is not None:
                 sums[name].append(values[valid])
     steps = {name: np.concatenate(values) for name, values in sums.items()}  # [steps, L, ...]
-    coded = steps["error"].max(axis=(0, 2)) > 0
-    mean = lambda name: float(steps[name][:, coded].mean()) if name in steps and coded.any() else None  # noqa: E731
+    estimated = steps["error"].max(axis=(0, 2)) > 0
+    sparse = estimated | (steps["kept"].min(axis=(0, 2)) < 1)
+
+    def mean(name: str, layers: np.ndarray) -> float | None:
+        found = float(steps[name][:, layers].mean()) if name in steps and layers.any() else math.nan
+        return None if math.isnan(found) else found
+
     return {
         "steps": len(steps["kept"]),
         "exact": float(np.mean(exact)),
@@ -231,10 +242,10 @@ def compare(passes: Sequence[Pass], dense: Sequence[Pass]) -> dict:
         "divergence": float(np.concatenate(divergence).mean()),
         "kept": float(steps["kept"].mean()),
         "bytes_read": float(steps["bytes_read"].sum() / steps["bytes_dense"].sum()),
-        "claimed": mean("claimed"),
-        "captured": mean("captured"),
-        "verified": mean("verified"),
-        "error_nats": mean("error"),
+        "claimed": mean("claimed", sparse),
+        "captured": mean("captured", sparse),
+        "verified": mean("verified", sparse),
+        "error_nats": mean("error", estimated),
         "captured_by_head": rounded(steps["captured"].mean(axis=0)),
         "claimed_by_head": rounded(steps["claimed"].mean(axis=0)),
         "error_nats_by_head": rounded(steps["error"].mean(axis=0)),
@@ -242,4 +253,5 @@ def compare(passes: Sequence[Pass], dense: Sequence[Pass]) -> dict:
 
 
 def rounded(array: np.ndarray) -> list:
-    return np.round(array.astype(float), 5).tolist()
+    """Numbers of five decimals; None for NaN, which JSON does not have."""
+    return np.where(np.isnan(array), None, np.round(array.astype(float), 5)).tolist()

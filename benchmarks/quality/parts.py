@@ -16,6 +16,8 @@ from benchmarks.quality.problem import Problem
 from benchmarks.quality.tasks import TASKS, make_problems
 from models import Tokenizer, load_pretrained
 from rabitq_jax import RaBitQConfig
+from rabitq_jax.selectors import Selector
+from rabitq_jax.selectors.arguments import parse_selector
 
 TEXT_PIECES, TEXT_NEW_TOKENS = 8, 128
 
@@ -25,6 +27,8 @@ class Part:
     """What one process evaluates at a time: problems with prompts of up to so many tokens, in several ways.
 
     Attributes:
+      configs: dense (None), and RaBitQ.
+      methods: other ways to decode, as `parse_selector` reads them.
       source: "tasks", or the format of the files in `folder`: "longbench" or "gsm8k".
       probes: problems of each task whose attention is measured; 0 measures none.
     """
@@ -34,24 +38,32 @@ class Part:
     configs: tuple[RaBitQConfig | None, ...]
     chat: bool
     examples: int
+    methods: tuple[str, ...] = ()
     source: str = "tasks"
     tasks: tuple[str, ...] = ()
     tokens: int = 0
     probes: int = 0
     folder: Path | None = None
 
+    @property
+    def ways(self) -> list[tuple[dict, RaBitQConfig | Selector | None]]:
+        """Every way of decoding: what stands in its rows, and its configuration."""
+        own = [({"top_p": config and config.top_p}, config) for config in self.configs]
+        return [*own, *(({"top_p": None, "method": method}, parse_selector(method)) for method in self.methods)]
+
 
 def evaluate_part(part: Part) -> tuple[list[dict], list[dict]]:
     """A row for each task and way of decoding: answers, and what they read; and rows of what attention captures."""
     decoder, tokenizer = load_pretrained(part.model, dtype=jnp.dtype(part.dtype))
     tokens, problems = load_problems(part, tokenizer)
-    with tqdm(total=len(problems) * len(part.configs), desc=f"answers, {tokens} tokens", unit="reply") as bar:
+    about, configs = zip(*part.ways, strict=True)
+    with tqdm(total=len(problems) * len(configs), desc=f"answers, {tokens} tokens", unit="reply") as bar:
         answered = answer(
-            decoder, tokenizer, problems, part.configs, key=jax.random.key(0), chat=part.chat, advance=bar.update
+            decoder, tokenizer, problems, configs, key=jax.random.key(0), chat=part.chat, advance=bar.update
         )
     rows = [
-        {"tokens": tokens, "top_p": config and config.top_p, **row}
-        for config, replies in zip(part.configs, answered, strict=True)
+        {"tokens": tokens, **way, **row}
+        for way, replies in zip(about, answered, strict=True)
         for row in summarize(replies)
     ]
     return rows, probe_rows(decoder, tokenizer, part, problems) if part.probes else []
@@ -82,10 +94,10 @@ def probe_rows(decoder, tokenizer, part: Part, problems: Sequence[Problem]) -> l
         "answers": Known.answers(tokenizer, chosen),
         "text": Known.plain(tokenizer, text, part.tokens, TEXT_NEW_TOKENS, TEXT_PIECES),
     }
+    about, configs = zip(*part.ways, strict=True)
     rows = []
     for name, known in sets.items():
-        passes = probe(decoder, known, part.configs, key=jax.random.key(1), progress=True)
-        for config, run in zip(part.configs, passes, strict=True):
-            row = compare(run, passes[part.configs.index(None)])
-            rows.append({"tokens": part.tokens, "texts": name, "top_p": config and config.top_p, **row})
+        passes = probe(decoder, known, configs, key=jax.random.key(1), progress=True)
+        for way, run in zip(about, passes, strict=True):
+            rows.append({"tokens": part.tokens, "texts": name, **way, **compare(run, passes[configs.index(None)])})
     return rows

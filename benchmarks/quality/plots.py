@@ -6,13 +6,16 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.quality.report import unique
+from benchmarks.quality.report import unique, way
 
 HEAT_TOP_P = 0.95
 
 
 def draw(content: dict[str, Any], folder: Path, name: str) -> None:
-    """Write NAME-scores.png and, where attention was measured, NAME-heads.png and NAME-mass.png into a folder."""
+    """Write NAME-scores.png and, where there are other methods, NAME-methods.png, where attention was measured,
+    NAME-heads.png and NAME-mass.png into a folder."""
+    if any(row.get("method") for row in content["rows"]):
+        save(draw_methods(content), folder / f"{name}-methods.png")
     save(draw_scores(content), folder / f"{name}-scores.png")
     save(draw_heads(content), folder / f"{name}-heads.png")
     if content["probes"]:
@@ -44,7 +47,7 @@ def draw_scores(content: dict[str, Any]) -> plt.Figure:
         for color, task in enumerate(unique(row["task"] for row in rows)):
             own = [row for row in rows if row["task"] == task]
             sparse = sorted((row for row in own if row["top_p"] is not None), key=lambda row: row["kept"])
-            (dense,) = (row for row in own if row["top_p"] is None)
+            (dense,) = (row for row in own if way(row) == "dense")
             axis.plot(
                 [row["kept"] for row in sparse], [row["score"] for row in sparse], "o-", color=f"C{color}", label=task
             )
@@ -55,6 +58,37 @@ def draw_scores(content: dict[str, Any]) -> plt.Figure:
     axes[0][0].set_ylabel("score (dotted: dense)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
+
+
+def draw_methods(content: dict[str, Any]) -> plt.Figure:
+    """Mean score of all tasks against the share of bytes read: a panel a length, a line a method."""
+    lengths = sorted({row["tokens"] for row in content["rows"]})
+    figure, axes = plt.subplots(
+        1, len(lengths), figsize=(max(4.2 * len(lengths), 6.5), 4.8), layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, tokens in zip(axes[0], lengths, strict=True):
+        points: dict[str, dict[str, list[dict]]] = {}
+        for row in content["rows"]:
+            if row["tokens"] == tokens:
+                points.setdefault(method_name(row), {}).setdefault(way(row), []).append(row)
+        for i, (method, ways) in enumerate(points.items()):
+            means = [[np.mean([row[of] for row in rows]) for of in ("bytes_read", "score")] for rows in ways.values()]
+            color = "k" if method == "rabitq" else plt.get_cmap("tab20")(i % 20)
+            style = {"marker": "os^Dv"[i % 5], "color": color, "markersize": 5}
+            axis.plot(*zip(*sorted(means), strict=True), label=method, **style)
+        axis.set(title=f"{tokens:,} tokens", xlabel="share of bytes read", ylim=(-0.03, 1.03))
+        scale_shares(axis)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("score, mean over tasks")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def method_name(row: dict[str, Any]) -> str:
+    """The method that a row is of, whatever its budget."""
+    if row.get("method"):
+        return row["method"].partition(":")[0]
+    return "dense" if row["top_p"] is None else "rabitq"
 
 
 def draw_heads(content: dict[str, Any]) -> plt.Figure:

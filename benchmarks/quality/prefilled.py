@@ -9,6 +9,7 @@ import numpy as np
 from rabitq_jax import Cache, RaBitQConfig, add_codes, init_cache
 from rabitq_jax.decoding import ModelDefinition
 from rabitq_jax.generation import Decoder, feed_prompts
+from rabitq_jax.selectors import Selector
 
 
 class Prefilled:
@@ -25,15 +26,16 @@ class Prefilled:
         self._dense = self._read(None)
         self.last = np.array([prompt[-1] for prompt in prompts], np.int32)
 
-    def start(self, config: RaBitQConfig | None) -> Cache:
+    def start(self, config: RaBitQConfig | Selector | None) -> Cache:
         """A cache of its own under a configuration; None is dense."""
-        if config is not None and config.query_centroid == "prompt":
-            # A mean of the prompt's queries can only be had by reading the prompt again.
+        observes = config.observes if isinstance(config, Selector) else config and config.query_centroid == "prompt"
+        if observes:
+            # What is learnt from the prompt's queries can only be had by reading the prompt again.
             return self._read(config)
         cache = self._dense if config is None else _add_codes(self._dense, config=config)
         return jax.tree.map(jnp.copy, cache)
 
-    def _read(self, config: RaBitQConfig | None) -> Cache:
+    def _read(self, config: RaBitQConfig | Selector | None) -> Cache:
         model, batch = self._model, len(self._before)
         cache = init_cache(model.config, batch, self._capacity, config, dtype=model.dtype)
         definition, params = ModelDefinition.split(model)

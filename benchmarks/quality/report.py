@@ -27,7 +27,7 @@ def about_training(training: dict[str, Any]) -> str:
 def length_table(content: dict[str, Any], tokens: int) -> str:
     rows = [row for row in content["rows"] if row["tokens"] == tokens]
     tasks = unique(row["task"] for row in rows)
-    probes = {(probe["texts"], probe["top_p"]): probe for probe in content["probes"] if probe["tokens"] == tokens}
+    probes = {(probe["texts"], way(probe)): probe for probe in content["probes"] if probe["tokens"] == tokens}
     head = ["decoding", *tasks, "tokens attended", "bytes read"]
     # Results of before there was verification do not have it.
     verifies = any(probe.get("verified") is not None for probe in probes.values())
@@ -35,19 +35,26 @@ def length_table(content: dict[str, Any], tokens: int) -> str:
         verified = ["mass verified"] if verifies else []
         head += ["mass claimed", *verified, "mass captured", "KL to dense, nats", "perplexity of text"]
     lines = [f"**Prompts of {tokens:,} tokens**", "", cells(head), cells(["---", *["---:"] * (len(head) - 1)])]
-    for top_p in unique(row["top_p"] for row in rows):
-        own = {row["task"]: row for row in rows if row["top_p"] == top_p}
-        mean = {name: sum(row[name] for row in own.values()) / len(own) for name in ("kept", "bytes_read")}
-        line = ["dense" if top_p is None else f"p = {top_p:g}"]
+    for name in unique(way(row) for row in rows):
+        own = {row["task"]: row for row in rows if way(row) == name}
+        mean = {share: sum(row[share] for row in own.values()) / len(own) for share in ("kept", "bytes_read")}
+        line = [name]
         line += [score(own[task]) for task in tasks]
         line += [f"{mean['kept']:.1%}", f"{mean['bytes_read']:.1%}"]
         if probes:
-            answers, text = probes["answers", top_p], probes["text", top_p]
+            answers, text = probes["answers", name], probes["text", name]
             masses = ("claimed", *["verified"] * verifies, "captured")
-            line += [share(answers.get(name)) for name in masses]
+            line += [share(answers.get(mass)) for mass in masses]
             line += [f"{answers['divergence']:.4f}", f"{text['perplexity']:.3f}"]
         lines.append(cells(line))
     return "\n".join(lines)
+
+
+def way(row: dict[str, Any]) -> str:
+    """The way of decoding that a row is of."""
+    if row.get("method"):
+        return f"`{row['method']}`"
+    return "dense" if row["top_p"] is None else f"p = {row['top_p']:g}"
 
 
 def sweep_table(content: dict[str, Any]) -> str:

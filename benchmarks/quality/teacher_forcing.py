@@ -21,6 +21,7 @@ from rabitq_jax.decode_stats import DecodeStats
 from rabitq_jax.decoding import ModelDefinition
 from rabitq_jax.generation import Decoder
 from rabitq_jax.scores import proxy_scores
+from rabitq_jax.selectors import Selector, Step
 
 
 @jax.tree_util.register_dataclass
@@ -30,10 +31,11 @@ class LayerProbe:
 
     Attributes:
       kept: float32 [B,K], share of tokens attended.
-      claimed: float32 [B,H], attention mass of each query head's own tokens by the estimate.
+      claimed: float32 [B,H], attention mass of each query head's own tokens by the estimate; NaN where a selector
+        estimates none.
       captured: float32 [B,H], true attention mass in the tokens that its kv head attends.
       error: float32 [B,H], deviation of the estimated logits from the exact ones over scored tokens, in nats, without
-        their common shift.
+        their common shift; 0 under a selector.
       output_error: float32 [B,H], distance of each query head's output to dense attention's, relative to that.
       bytes_read, bytes_dense: float32 [B].
       verified, extended, certified: of `DecodeStats`, float32 [B,H]; None where the configuration verifies nothing.
@@ -73,7 +75,7 @@ def teacher_forced(
     cache: Cache,
     last: np.ndarray,
     texts: Sequence[Sequence[int]],
-    config: RaBitQConfig | None,
+    config: RaBitQConfig | Selector | None,
     *,
     key: jax.Array,
     steps: int | None = None,
@@ -97,19 +99,21 @@ def teacher_forced(
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "config"))
-def _decode_known(definition: ModelDefinition, params, cache, inputs, key, *, config: RaBitQConfig | None):
+def _decode_known(definition: ModelDefinition, params, cache, inputs, key, *, config: RaBitQConfig | Selector | None):
     """float32 [B,N,V] log-probabilities, and LayerProbe [B,N,L,...], of feeding int32 [B,N] tokens one by one."""
     model = definition.merge(params)
 
     def step(cache, step_inputs):
         index, token = step_inputs
         rounding_key = jax.random.fold_in(key, index)
+        previous = None
 
         def attend(layer, query, new_key, value, layer_cache):
-            parts = query[:, 0], new_key[:, 0], value[:, 0]
+            nonlocal previous
+            parts, below = (query[:, 0], new_key[:, 0], value[:, 0]), previous
             prng_key = jax.random.fold_in(rounding_key, layer)
-            out, new_cache, stats = attention.decode(*parts, layer_cache, config, prng_key=prng_key)
-            return out[:, None], new_cache, _probe(*parts, layer_cache, out, stats, config, prng_key)
+            out, previous, stats = attention.decode(*parts, layer_cache, config, prng_key=prng_key, previous=below)
+            return out[:, None], previous, _probe(*parts, layer_cache, out, stats, config, prng_key, below)
 
         length = cache.length
         hidden, layers, probes = model(token[:, None], length[:, None], length + 1, cache.layers, attend)
@@ -122,7 +126,9 @@ def _decode_known(definition: ModelDefinition, params, cache, inputs, key, *, co
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
 
 
-def _probe(query, key, value, cache: LayerCache, out, stats: DecodeStats, config, prng_key) -> LayerProbe:
+def _probe(
+    query, key, value, cache: LayerCache, out, stats: DecodeStats, config, prng_key, previous: LayerCache | None
+) -> LayerProbe:
     """What `attention.decode` of these arguments, which gave `out` and `stats`, attended, against exact attention."""
     batch, heads, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -133,16 +139,22 @@ def _probe(query, key, value, cache: LayerCache, out, stats: DecodeStats, config
         "bytes_read": stats.bytes_read,
         "bytes_dense": stats.bytes_dense,
     }
-    if config is not None and config.selection != "plain":
+    if isinstance(config, RaBitQConfig) and config.selection != "plain":
         verification = {name: getattr(stats, name) for name in ("verified", "extended", "certified")}
         shares |= {name: value.astype(jnp.float32) for name, value in verification.items()}
-    if cache.codes is None:
-        ones = jnp.ones((batch, heads), jnp.float32)
+    ones = jnp.ones((batch, heads), jnp.float32)
+    if cache.codes is None and cache.selector is None:
         return LayerProbe(**shares, captured=ones, error=0 * ones, output_error=0 * ones)
     grouped = query.reshape(batch, kv_heads, -1, head_dim)
     softmax_scale = head_dim**-0.5
     # The same arguments and key as in the step: the same tokens.
-    _, selection, _ = attention.attend_selected(grouped, cache, config, softmax_scale, prng_key)
+    if cache.selector is None:
+        _, selection, _ = attention.attend_selected(grouped, cache, config, softmax_scale, prng_key)
+    else:
+        step = Step(
+            softmax_scale=softmax_scale, new_tokens=jnp.ones_like(cache.length), previous=previous and previous.state
+        )
+        selection = attention.attend_with_selector(grouped, cache, step)[1].selection
     exact = exact_logits(grouped, cache)
     captured = captured_mass(exact, selection.indices, selection.counts)
     dense = jnp.einsum(
@@ -150,6 +162,8 @@ def _probe(query, key, value, cache: LayerCache, out, stats: DecodeStats, config
     ).reshape(out.shape)
     output_error = jnp.linalg.norm(out - dense, axis=-1) / jnp.linalg.norm(dense, axis=-1)
 
+    if cache.codes is None:
+        return LayerProbe(**shares, captured=captured.reshape(batch, heads), error=0 * ones, output_error=output_error)
     quantized = quantize_query(
         grouped, cache.codes.rotation, cache.codes.query_centroid, rounding=config.query_rounding, key=prng_key
     )

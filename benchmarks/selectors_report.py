@@ -1,0 +1,99 @@
+"""The table and the picture of `python -m benchmarks.selectors`."""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from benchmarks.quality.plots import scale_shares
+from benchmarks.quality.report import cells, unique
+
+WITHIN = (0.1, 0.2)
+ENOUGH = 0.9
+COLORS = plt.get_cmap("tab20")
+
+
+def table(content: dict[str, Any]) -> str:
+    """A line a method: the best of its points within shares of the bytes, and the cheapest that captures enough."""
+    tasks = list(content["tasks"])
+    head = ["method"]
+    head += [f"mass captured within {share:.0%} of the bytes" for share in WITHIN]
+    head += [f"right within {WITHIN[0]:.0%}, {task}" for task in tasks]
+    head += [f"bytes to capture {ENOUGH:.0%}", "points on the front"]
+    lines = [cells(head), cells(["---", *["---:"] * (len(head) - 1)])]
+    front = pareto_front(content)
+    for name in unique(row["name"] for row in content["rows"]):
+        points = [point for point in means(content) if point["name"] == name]
+        line = [name]
+        line += [best(points, "captured", share, "{:.3f}") for share in WITHIN]
+        for task in tasks:
+            own = [row for row in content["rows"] if row["name"] == name and row["task"] == task]
+            line.append(best(own, "right", WITHIN[0], "{:.0%}"))
+        enough = [point["bytes_read"] for point in points if point["captured"] >= ENOUGH]
+        line.append(f"{min(enough):.1%}" if enough else "")
+        on_front = sum(point["method"] in front for point in points)
+        line.append(f"{on_front} of {len(points)}" if competes(name) else "")
+        lines.append(cells(line))
+    return "\n".join(lines)
+
+
+def means(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """A point a method and budget: means over the tasks."""
+    points = []
+    for method in unique(row["method"] for row in content["rows"]):
+        rows = [row for row in content["rows"] if row["method"] == method]
+        mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("right", "captured", "kept", "bytes_read")}
+        points.append({"name": rows[0]["name"], "method": method, **mean})
+    return points
+
+
+def best(points: list[dict[str, Any]], measure: str, share: float, form: str) -> str:
+    """The most of a measure among the points that read a share of the bytes at most."""
+    within = [point[measure] for point in points if point["bytes_read"] <= share]
+    return form.format(max(within)) if within else ""
+
+
+def pareto_front(content: dict[str, Any]) -> set[str]:
+    """Points of which no other captures as much with fewer bytes; oracles apart, and KIVI, which leaves nothing out."""
+    points = [point for point in means(content) if competes(point["name"])]
+    points.sort(key=lambda point: (point["bytes_read"], -point["captured"]))
+    front, most = set(), -1.0
+    for point in points:
+        if point["captured"] > most:
+            front.add(point["method"])
+            most = point["captured"]
+    return front
+
+
+def competes(name: str) -> bool:
+    """The method is one to use, and leaves tokens out."""
+    return not is_oracle(name) and name.lower() != "kivi"
+
+
+def is_oracle(name: str) -> bool:
+    return name.startswith("oracle")
+
+
+def draw(content: dict[str, Any]) -> plt.Figure:
+    """True mass captured, and needles answered, against the share of bytes read: a row a task, a curve a method."""
+    tasks = list(content["tasks"])
+    figure, axes = plt.subplots(
+        len(tasks), 2, figsize=(11, 4.2 * len(tasks)), layout="constrained", sharex=True, squeeze=False
+    )
+    for row_axes, task in zip(axes, tasks, strict=True):
+        for i, name in enumerate(unique(row["name"] for row in content["rows"])):
+            rows = [row for row in content["rows"] if row["name"] == name and row["task"] == task]
+            rows.sort(key=lambda row: row["bytes_read"])
+            style = {
+                "marker": "os^Dv"[i % 5], "color": "k" if name == "RaBitQ" else COLORS(i % 20), "markersize": 4,
+                "linestyle": ":" if is_oracle(name) else "-", "linewidth": 2.5 if name == "RaBitQ" else 1,
+            }  # fmt: skip
+            for axis, measure in zip(row_axes, ("captured", "right"), strict=True):
+                axis.plot([row["bytes_read"] for row in rows], [row[measure] for row in rows], label=name, **style)
+        for axis, label in zip(row_axes, ("true attention captured", "needles answered"), strict=True):
+            axis.set(title=f"{label}, {task}", ylim=(-0.02, 1.02))
+            scale_shares(axis)
+            axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("share of dense attention's bytes")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    return figure
