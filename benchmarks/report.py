@@ -195,8 +195,8 @@ def methods(measured: dict[str, Any]) -> str:
     (problems,) = {row["examples"] for row in measured["rows"]}
     about = (
         f"**Answers of the retrieval model** ({provenance(measured, 'methods.json', 'results')}; {problems} problems "
-        "of each task): scores in percent with their 95 % interval, and what was read and captured, means over all layers and "
-        "tasks."
+        "of each task): scores in percent with their 95 % interval, and what was read and captured, means over all "
+        "layers and tasks."
     )
     picture = "![Scores against the share of bytes read](results/methods.png)"
     return "\n\n".join([paragraph(about), table(measured), picture])
