@@ -51,7 +51,8 @@ def decode(
       prng_key: for config.query_rounding "random".
       layer: layers that share prng_key round independently.
       active: bool [B]; a sequence that is not keeps its cache, and its output means nothing. All by default.
-      previous: the previous layer's cache, as this step has left it: for selectors that share between layers.
+      previous: the cache of the nearest layer below that keeps a state, as this step has left it: for selectors that
+        share between layers.
 
     Returns:
       Output [B,H,D] in query's dtype, the new cache, and stats.

@@ -229,15 +229,17 @@ def _decode_step(model, state: DecodeState, active, key, config, sampling, eos_t
     """One step of the sequences that are active, bool [B]; the others stay as they are."""
     prng_key = rounding_key(key, state.step)
 
+    # Of the nearest layer below that keeps a state.
     previous = None
 
     def attend(layer, query, new_key, value, layer_cache):
         nonlocal previous
-        out, previous, stats = attention.decode(
+        out, layer_cache, stats = attention.decode(
             query[:, 0], new_key[:, 0], value[:, 0], layer_cache, config,
             prng_key=prng_key, layer=layer, active=active, previous=previous,
         )  # fmt: skip
-        return out[:, None], previous, stats
+        previous = previous if layer_cache.state is None else layer_cache
+        return out[:, None], layer_cache, stats
 
     length = state.cache.length
     hidden, layers, layer_stats = model(

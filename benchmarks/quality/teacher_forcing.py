@@ -112,8 +112,9 @@ def _decode_known(definition: ModelDefinition, params, cache, inputs, key, *, co
             nonlocal previous
             parts, below = (query[:, 0], new_key[:, 0], value[:, 0]), previous
             prng_key = jax.random.fold_in(rounding_key, layer)
-            out, previous, stats = attention.decode(*parts, layer_cache, config, prng_key=prng_key, previous=below)
-            return out[:, None], previous, _probe(*parts, layer_cache, out, stats, config, prng_key, below)
+            out, new_cache, stats = attention.decode(*parts, layer_cache, config, prng_key=prng_key, previous=below)
+            previous = previous if new_cache.state is None else new_cache
+            return out[:, None], new_cache, _probe(*parts, layer_cache, out, stats, config, prng_key, below)
 
         length = cache.length
         hidden, layers, probes = model(token[:, None], length[:, None], length + 1, cache.layers, attend)

@@ -51,7 +51,7 @@ class Step:
     Attributes:
       softmax_scale: factor from <q, k> to a logit.
       new_tokens: int32 [B], 1 where the sequence has taken a token in, 0 where it has ended.
-      previous: the previous layer's state after this step; None in the first layer.
+      previous: the state, after this step, of the nearest layer below that keeps one; None where none does.
     """
 
     softmax_scale: float

@@ -82,10 +82,8 @@ class SelectingLayer(OracleTopK):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharingLayer(ScoringSelector):
-    """Attends what the layer below has left in its state."""
-
-    def init(self, shape: CacheShape) -> jax.Array:
-        return jnp.zeros(shape.tokens, bool)
+    """Attends what the selection layer below has left in its state, and keeps none: a loop that carried the same array
+    for several layers would copy it for each."""
 
     def bytes_per_token(self, head_dim: int, itemsize: int) -> float:
         del head_dim, itemsize
@@ -93,6 +91,6 @@ class SharingLayer(ScoringSelector):
 
     def choose(self, query: jax.Array, state: State, cache: "LayerCache", step: Step) -> Choice:
         if step.previous is None:
-            raise ValueError("previous is None, but this layer attends what the one below has selected: pass its cache")
+            raise ValueError("previous is None, but this layer attends what one below has selected: pass its cache")
         bytes_read = cache.keys.shape[1] * cache.length.astype(jnp.float32)
-        return Choice(selection=selected(step.previous, query, cache), bytes_read=bytes_read, state=step.previous)
+        return Choice(selection=selected(step.previous, query, cache), bytes_read=bytes_read, state=state)
