@@ -106,13 +106,19 @@ def decode_step(rows: list[Row]) -> tuple[str, list[str]]:
             f"{row['dense']['xla']['wall_us']['median'] / row['wall_us']['median']:.2f}",
             f"{row['rest']['wall_us']['median'] / 1000:.2f}",
             f"{row['rest']['share_of_floor']:.0%}",
-            f"{row['timeline']['busy_us'] / 1000:.2f}",
-            f"{row['timeline']['launches']:.0f}",
-            f"{row['without_graphs']['wall_us']['median'] / 1000:.2f}",
+            *device_facts(row),
         )
         for row in rows
     ]
     return about, table(head, lines)
+
+
+def device_facts(row: Row) -> tuple[str, str, str]:
+    """Busy milliseconds, launches, and milliseconds without CUDA graphs, which only a GPU has."""
+    if "timeline" not in row:
+        return "-", "-", "-"
+    without = row["without_graphs"]["wall_us"]["median"]
+    return f"{row['timeline']['busy_us'] / 1000:.2f}", f"{row['timeline']['launches']:.0f}", f"{without / 1000:.2f}"
 
 
 def prefill(rows: list[Row]) -> tuple[str, list[str]]:
