@@ -37,7 +37,7 @@ def length_table(content: dict[str, Any], tokens: int) -> str:
     lines = [f"**Prompts of {tokens:,} tokens**", "", cells(head), cells(["---", *["---:"] * (len(head) - 1)])]
     for name in unique(way(row) for row in rows):
         own = {row["task"]: row for row in rows if way(row) == name}
-        mean = {share: sum(row[share] for row in own.values()) / len(own) for share in ("kept", "bytes_read")}
+        mean = {field: sum(row[field] for row in own.values()) / len(own) for field in ("kept", "bytes_read")}
         line = [name]
         line += [score(own[task]) for task in tasks]
         line += [f"{mean['kept']:.1%}", f"{mean['bytes_read']:.1%}"]
