@@ -21,8 +21,7 @@ def scored_tokens(cache: LayerCache, sink: int) -> int:
 def code_bytes(cache: LayerCache, sink: int) -> float:
     """Codes of the scored tokens, each 4 W + 2 bytes (+ 2 with a query centroid), and their share of centroids."""
     assert cache.codes is not None
-    centroid = 2 * cache.keys.shape[-1] / cache.codes.tokens_per_centroid
-    return scored_tokens(cache, sink) * (cache.codes.bytes_per_token + centroid)
+    return scored_tokens(cache, sink) * (cache.codes.bytes_per_token + cache.codes.centroid_bytes_per_token)
 
 
 def score_bytes(cache: LayerCache, sink: int, group: int, score_size: int) -> float:

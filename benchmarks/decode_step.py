@@ -124,10 +124,16 @@ def traced_step(definition, params, state: DecodeState, config: RaBitQConfig) ->
     """What the device does in a step, and what the step takes without CUDA graphs."""
     if not on_gpu():
         return {}, state
-    line, state = timing.timeline(repeated(definition, config), state, params, steps=STEPS)
-    options = {"compiler_options": timing.NO_CUDA_GRAPHS}
+    step, options = repeated(definition, config), {"compiler_options": timing.NO_CUDA_GRAPHS}
+    line, state = timing.timeline(step, state, params, steps=STEPS)
+    bare, state = timing.timeline(step, state, params, steps=STEPS, **options)
+    check("the step without CUDA graphs (share of launches in graphs)", bare.in_graphs, 0)
     without, state = step_times(definition, params, state, config, **options)
-    return {"timeline": dataclasses.asdict(line), "without_graphs": {"wall_us": dataclasses.asdict(without)}}, state
+    traced = {
+        "timeline": dataclasses.asdict(line),
+        "without_graphs": {"wall_us": dataclasses.asdict(without), "in_graphs": bare.in_graphs},
+    }
+    return traced, state
 
 
 def repeated(definition, config: RaBitQConfig | None):

@@ -8,7 +8,6 @@ writes benchmarks/results/selectors.json. A decode step of one attention layer, 
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 
 import click
@@ -21,7 +20,7 @@ from benchmarks.record import commit_option, write_result
 from benchmarks.timing import kernel_times
 from rabitq_jax import RaBitQConfig, attention
 from rabitq_jax._dispatch import on_gpu
-from rabitq_jax.cache import CAPACITY_UNIT, LayerCache, append, init_layer_cache, init_selector_cache
+from rabitq_jax.cache import LayerCache, append, init_layer_cache, init_selector_cache, round_capacity
 from rabitq_jax.selectors import CacheShape, Selector, Step
 from rabitq_jax.selectors.arguments import parse_selector
 
@@ -94,9 +93,7 @@ def measure(needles: Needles, method: str, dtype: str) -> dict[str, float | dict
     dense attention's, relative to that; and on a GPU microseconds of the step's kernels, appending apart.
     """
     config = parse_selector(method)
-    block = config.interval if isinstance(config, RaBitQConfig) else config.block
-    unit = math.lcm(CAPACITY_UNIT, block)
-    capacity = -(-needles.keys.shape[1] // unit) * unit
+    capacity = round_capacity(needles.keys.shape[1], config)
     arrays = (jnp.asarray(x, jnp.dtype(dtype)) for x in (needles.keys, needles.values, needles.queries))
     cache = fill(*arrays, config=config, capacity=capacity)
     batch, kv_heads = cache.keys.shape[:2]

@@ -157,9 +157,11 @@ class Timeline:
     kernels_us: dict[str, float]
 
 
-def timeline(step: Callable, state, *constants, steps: int) -> tuple[Timeline, object]:
+def timeline(
+    step: Callable, state, *constants, steps: int, compiler_options: dict | None = None
+) -> tuple[Timeline, object]:
     """The timeline of a step, from XLA's profiler, and the state after; arguments as of `step_times`, on a GPU."""
-    run = _loop(step, steps)
+    run = _loop(step, steps, compiler_options)
     state = jax.block_until_ready(run(state, constants))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -173,7 +175,13 @@ def timeline(step: Callable, state, *constants, steps: int) -> tuple[Timeline, o
             if line.name.startswith("Stream")
             for event in line.events
         ]
-    busy, until = 0, 0
+    return summarize(events, steps), state
+
+
+def summarize(events: list[tuple[float, float, str, bool]], steps: int) -> Timeline:
+    """The timeline of a step, of the events of `steps` of them: start and end in nanoseconds, name, and whether a CUDA
+    graph launched it."""
+    busy, until = 0.0, 0.0
     kernels: dict[str, float] = {}
     for start, end, name, _ in sorted(events):
         busy, until = busy + max(0, end - max(start, until)), max(end, until)
@@ -184,7 +192,7 @@ def timeline(step: Callable, state, *constants, steps: int) -> tuple[Timeline, o
         in_graphs=sum(event[3] for event in events) / len(events),
         to_host=sum(name == "MemcpyD2H" for _, _, name, _ in events) / steps,
         kernels_us=dict(sorted(kernels.items(), key=lambda item: -item[1])),
-    ), state
+    )
 
 
 def after(array: jax.Array, result) -> jax.Array:

@@ -90,6 +90,9 @@ class Cache:
 class LoopCache:
     """A `Cache` as a loop carries it: what all layers have in common is there once, not computed and copied for each.
 
+    A program that takes this cache's buffers also returns each array once. One that returns the same lengths for every
+    layer gets them mixed up with other arrays of their shape by XLA for GPUs (JAX 0.11.2).
+
     Attributes:
       layers: the layers' caches with None for the lengths.
       length: int32 [B].

@@ -15,7 +15,7 @@ from flax import nnx
 from models import RETRIEVER, Llama, LlamaConfig, TextStream, Tokenizer, load_pretrained
 from models.folder import read_config
 from models.pretrained import find_folder
-from rabitq_jax.cache import init_cache, round_capacity
+from rabitq_jax.cache import init_cache, init_codes, round_capacity
 from rabitq_jax.config import RaBitQConfig, SelectionRule, Tail
 from rabitq_jax.generation import Generation, generate
 from rabitq_jax.sampling import Sampling
@@ -179,8 +179,8 @@ def selectors_command(head_dim, dtype) -> None:
     Keys and values of the tokens that are then attended come on top.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    # Bits in words of 32, a scale, and a share of the block's centroid.
-    rabitq_bytes = 4 * -(-head_dim // 32) + 2 + 2 * head_dim / DEFAULT.interval
+    codes = jax.eval_shape(lambda: init_codes(1, round_capacity(1, DEFAULT), 1, head_dim, DEFAULT, None))
+    rabitq_bytes = codes.bytes_per_token + codes.centroid_bytes_per_token
     click.echo(f"{'rabitq':18}{rabitq_bytes:7.1f}  {describe(RaBitQConfig)}")
     for name, kind in SELECTORS.items():
         click.echo(f"{name:18}{kind().bytes_per_token(head_dim, itemsize):7.1f}  {describe(kind)}")

@@ -54,6 +54,11 @@ class KeyCodes:
         words = self.bits.shape[-1]
         return 4 * words + 2 + (0 if self.bias is None else 2)
 
+    @property
+    def centroid_bytes_per_token(self) -> float:
+        """A token's share of the bytes of its block's centroid."""
+        return self.key_centroids.shape[-1] * self.key_centroids.dtype.itemsize / self.tokens_per_centroid
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)

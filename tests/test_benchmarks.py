@@ -350,6 +350,14 @@ class TestRows:
         }  # fmt: skip
 
 
+def test_a_timeline_counts_what_overlaps_once():
+    """Two steps: two kernels that overlap, a gap, a copy to the host, in nanoseconds."""
+    events = [(0, 4000, "a", True), (2000, 6000, "b", True), (3000, 5000, "a", True), (9000, 10000, "MemcpyD2H", False)]
+    line = timing.summarize(events, steps=2)
+    assert (line.busy_us, line.launches, line.in_graphs, line.to_host) == (3.5, 2, 0.75, 0.5)
+    assert list(line.kernels_us.items()) == [("a", 3.0), ("b", 2.0), ("MemcpyD2H", 0.5)]
+
+
 def test_pages_have_the_numbers_of_the_results():
     for page in report.PAGES:
         text = page.read_text(encoding="utf-8")

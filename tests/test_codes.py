@@ -108,6 +108,23 @@ def test_random_rounding_is_unbiased():
     assert np.all(np.abs(mean - exact) <= 5 * standard_error + 1e-4)
 
 
+def test_layers_round_independently():
+    """Of 12,288 coordinates the roundings of two layers agree where one is sure, and in half the cases else: f^2 +
+    (1 - f)^2 on average, within 5 standard errors (false alarm: 6e-7)."""
+    query = jnp.asarray(normal(11, 2, 16, 4, 96))
+    matrix = rotation.draw(jax.random.key(5), 96, "haar")
+    one, again, other = (
+        codes.quantize_query(query, matrix, None, rounding="random", key=jax.random.key(6), layer=layer).levels
+        for layer in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, again)
+    rotated = np.asarray(query, np.float64) @ np.asarray(matrix, np.float64).T
+    fraction = 7 * rotated / np.abs(rotated).max(axis=-1, keepdims=True) % 1
+    agree = fraction**2 + (1 - fraction) ** 2
+    error = np.sqrt(np.mean(agree * (1 - agree)) / agree.size)
+    assert abs(np.mean(np.asarray(one == other)) - agree.mean()) < 5 * error
+
+
 def test_random_rounding_without_a_key_is_refused():
     with pytest.raises(ValueError, match="PRNG key"):
         codes.quantize_query(jnp.ones((1, 1, 1, 32)), jnp.eye(32), None, rounding="random")

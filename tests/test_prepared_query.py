@@ -53,7 +53,7 @@ def check_kernel(shape, change):
     query, cache = filled(shape, config)
     prepare = jax.jit(prepare_query, static_argnames=("config", "softmax_scale", "zeros", "implementation"))
     want, got = (
-        prepare(query, cache, config, softmax_scale=0.3, prng_key=KEY, zeros=512, implementation=name)
+        prepare(query, cache, config, softmax_scale=0.3, prng_key=KEY, layer=3, zeros=512, implementation=name)
         for name in ("xla", "pallas")
     )
     # A level changes where float32 rounding crosses an integer; the sum, and nothing else by more, changes with it.
