@@ -81,7 +81,7 @@ def decode_step(rows: list[Row]) -> tuple[str, list[str]]:
         f"**A decode step of a whole model** with random weights, on planted caches "
         f"({provenance(rows, 'decode_step.json')}). The rest is the step without attention; its floor is reading the "
         "weights once. Busy is the time in which the device runs some kernel in a step of RaBitQ's, and launches are "
-        "its kernels. Without graphs is the step with CUDA graphs switched off, where a profile shows that none was used."
+        "its kernels. Without graphs is the step with CUDA graphs switched off, if a profile shows that none was used."
     )
     head = (
         "case",
