@@ -217,6 +217,19 @@ def test_a_sequence_that_is_not_active_keeps_its_cache():
             np.testing.assert_array_equal(before[1], after[1])
 
 
+@pytest.mark.parametrize("selection", ["plain", "debiased"])
+def test_layers_round_independently(selection):
+    """Estimated masses follow the rounding of the queries."""
+    config = RaBitQConfig(top_p=0.5, selection=selection, **SMALL)
+    cache = filled_cache(config, lengths=np.array([150, 120]))
+    token = [x[:, 0] for x in prompt(seed=5, tokens=1, batch=2)]
+    one, again, other = (
+        decode(*token, cache, config, prng_key=jax.random.key(0), layer=layer)[2].mass for layer in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, again)
+    assert np.all(one != other)
+
+
 def test_quantized_length_follows_the_length():
     config = RaBitQConfig(**SMALL)
     tokens = [x.swapaxes(0, 1) for x in prompt(seed=3, tokens=120)]

@@ -159,11 +159,26 @@ def test_calls_of_several_steps_change_nothing(model, monkeypatch):
     """A sequence that ends within a call, one that goes on to a last call that is not full, and their stats."""
     prompts = [prompt(40, 1), prompt(33, 2)]
     free = generate(model, prompts, CONFIG, max_new_tokens=11, key=KEY)
-    eos = int(free.tokens[0, 5])
+    eos = next(int(token) for token in free.tokens[0, 2:] if token not in free.tokens[1])
     one, several = (run_with_steps(model, prompts, eos, steps, monkeypatch) for steps in (1, 4))
-    assert one.lengths[0] < 11
+    assert one.lengths[0] < 11 and one.lengths[1] == 11
     parts = lambda out: (out.tokens, out.lengths, out.finite, out.stats, out.cache.length)  # noqa: E731
     jax.tree.map(np.testing.assert_array_equal, parts(several), parts(one))
+
+
+def test_steps_past_the_stop_change_nothing(model):
+    definition, params, _ = decode_state(model, CONFIG, num_steps=8)
+
+    def run(*stops):
+        state = decode_state(model, CONFIG, num_steps=8)[2]
+        for stop in stops:
+            state, _ = decode_steps(
+                definition, params, state, KEY, jnp.int32(stop),
+                num_steps=4, config=CONFIG, sampling=Sampling(), eos_token_ids=(),
+            )  # fmt: skip
+        return state
+
+    jax.tree.map(np.testing.assert_array_equal, run(1, 4, 7, 8), run(4, 8))
 
 
 def run_with_steps(model, prompts, eos, steps, monkeypatch):

@@ -80,6 +80,12 @@ def test_tidal_decode_shares_a_selection_with_the_layers_above(model):
     np.testing.assert_allclose(stats.bytes_read[:, :, 2], expected)
 
 
+def test_all_layers_above_share_a_selection(model):
+    stats = continued(model, TidalDecode(selection_layers=(0,), rule=TopK(budget=10), recent=2)).stats
+    np.testing.assert_array_equal(stats.kept[:, :, 1], stats.kept[:, :, 2])
+    assert np.all(stats.kept[:, :, 1].max(axis=-1) < stats.length)
+
+
 def test_a_sharing_layer_attends_what_the_layer_below_selects():
     query, key, value = (x[np.arange(BATCH), PROMPT] for x in inputs())
     active = np.ones(BATCH, bool)
