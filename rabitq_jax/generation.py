@@ -258,8 +258,8 @@ def _padded_size(tokens: int) -> int:
 
 
 def _steps_per_call(max_new_tokens: int) -> int:
-    """Decode steps of a call, a power of two: a call costs the host a millisecond or two, which must not be paid for each
-    token of a fast model. Those after the last token are wasted, and tokens are handed out a call at a time."""
+    """Decode steps of a call, a power of two: a call costs the host a millisecond or two, which must not be paid for
+    each token of a fast model. Those after the last token are wasted, and tokens are handed out a call at a time."""
     return min(8 if on_gpu() else 4, 1 << (max_new_tokens - 1).bit_length())
 
 
