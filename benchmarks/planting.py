@@ -63,8 +63,13 @@ def _fill(prng_key, query, heavy, length, *, tokens: int, config: RaBitQConfig |
     layer = dataclasses.replace(empty, keys=keys, values=values, length=length)
     if config is None:
         return layer
+    return with_codes(layer, config)
+
+
+def with_codes(cache: LayerCache, config: RaBitQConfig) -> LayerCache:
+    """A layer's cache with the codes of the tokens it holds."""
     config = dataclasses.replace(config, dense_layers=0)
-    return attention.add_codes(Cache(layers=(layer,), rotation_seed=jnp.uint32(0)), config).layers[0]
+    return attention.add_codes(Cache(layers=(cache,), rotation_seed=jnp.uint32(0)), config).layers[0]
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -67,6 +67,8 @@ def sections() -> dict[str, str]:
         made["selectors"] = selectors(read("selectors.json"))
     if has("methods.json"):
         made["methods"] = methods(read("methods.json"))
+    if has("decode_attention_selectors.json"):
+        made["decode-methods"] = part(speed_report.decode_methods(read("decode_attention_selectors.json")))
     measured = [name for name in OPERATIONS if has(f"{name}.json")]
     if measured:
         made["operations"] = "\n\n".join(part(speed_report.operation(read(f"{name}.json"), name)) for name in measured)

@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.exact import captured_mass, exact_logits
+from benchmarks.methods import attend, timed_part, under
 from benchmarks.needles import TASKS, Needles, make_needles
 from benchmarks.record import commit_option, write_result
 from benchmarks.timing import kernel_times
-from rabitq_jax import RaBitQConfig, attention
 from rabitq_jax._dispatch import on_gpu
-from rabitq_jax.cache import LayerCache, append, init_layer_cache, init_selector_cache, round_capacity
-from rabitq_jax.selectors import CacheShape, Selector, Step
+from rabitq_jax.cache import append, init_layer_cache, round_capacity
 from rabitq_jax.selectors.arguments import parse_selector
 
 BUDGETS = (64, 128, 256, 512, 1024)
@@ -90,15 +89,17 @@ def measure(needles: Needles, method: str, dtype: str) -> dict[str, float | dict
 
     right: share of the needles that are answered; captured: share of the exact attention in what is attended; kept:
     share of the tokens attended; bytes_read: over those of dense attention; output_error: distance of the output to
-    dense attention's, relative to that; and on a GPU microseconds of the step's kernels, appending apart.
+    dense attention's, relative to that; and on a GPU microseconds of the step's kernels, from the queries on.
     """
     config = parse_selector(method)
-    capacity = round_capacity(needles.keys.shape[1], config)
-    arrays = (jnp.asarray(x, jnp.dtype(dtype)) for x in (needles.keys, needles.values, needles.queries))
-    cache = fill(*arrays, config=config, capacity=capacity)
-    batch, kv_heads = cache.keys.shape[:2]
-    query = jnp.asarray(needles.query, cache.keys.dtype).reshape(batch, kv_heads, -1, needles.query.shape[-1])
-    out, selection, bytes_read = attend(query, cache, config=config)
+    batch, tokens, kv_heads, head_dim = needles.keys.shape
+    keys, values, queries, query = (
+        jnp.asarray(x, jnp.dtype(dtype)) for x in (needles.keys, needles.values, needles.queries, needles.query)
+    )
+    empty = init_layer_cache(batch, round_capacity(tokens, config), kv_heads, head_dim, None, dtype=keys.dtype)
+    cache = under(append(empty, keys, values, jnp.full((batch,), tokens, jnp.int32)), queries, method=config)
+    query = query.reshape(batch, kv_heads, -1, head_dim)
+    out, selection, bytes_read = attend(query, cache, method=config)
     logits = exact_logits(query, cache)
     weights = jax.nn.softmax(logits, axis=-1)
     dense = jnp.einsum("bkgt,bktd->bkgd", weights, cache.values.astype(jnp.float32), precision="highest")
@@ -113,40 +114,9 @@ def measure(needles: Needles, method: str, dtype: str) -> dict[str, float | dict
         "output_error": float(jnp.mean(error)),
     }
     if on_gpu():
-        times = kernel_times(functools.partial(attend, config=config), query, cache)[0]
+        times = kernel_times(functools.partial(timed_part, method=config), query, cache)[0]
         measured["microseconds"] = dataclasses.asdict(times)
     return measured
-
-
-@functools.partial(jax.jit, static_argnames=("config", "capacity"))
-def fill(keys, values, queries, *, config: RaBitQConfig | Selector, capacity: int) -> LayerCache:
-    """The cache as a decode step finds it, once its token is appended; arguments as in Needles."""
-    batch, tokens, kv_heads, head_dim = keys.shape
-    prompt, one = jnp.full((batch,), tokens - 1, jnp.int32), jnp.ones((batch,), jnp.int32)
-    if isinstance(config, RaBitQConfig):
-        cache = init_layer_cache(batch, capacity, kv_heads, head_dim, config, dtype=keys.dtype)
-        cache = attention.build_codes(append(cache, keys[:, :-1], values[:, :-1], prompt), config)
-        return append(cache, keys[:, -1:], values[:, -1:], one)
-    shape = CacheShape(
-        batch=batch, capacity=capacity, num_heads=queries.shape[2], num_kv_heads=kv_heads, head_dim=head_dim,
-        dtype=keys.dtype,
-    )  # fmt: skip
-    cache = append(init_selector_cache(shape, config), keys[:, :-1], values[:, :-1], prompt)
-    observed = jnp.full((batch,), queries.shape[1], jnp.int32)
-    state = config.build(config.observe(cache.state, cache, queries, observed), cache)
-    return append(dataclasses.replace(cache, state=state), keys[:, -1:], values[:, -1:], one)
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def attend(query, cache: LayerCache, *, config: RaBitQConfig | Selector):
-    """Output [B,K,G,D], selection and bytes read of queries [B,K,G,D]."""
-    scale = query.shape[-1] ** -0.5
-    if isinstance(config, RaBitQConfig):
-        out, selection, stats = attention.attend_selected(query, cache, config, scale, jax.random.key(0))
-        return out, selection, stats.bytes_read
-    step = Step(softmax_scale=scale, new_tokens=jnp.ones_like(cache.length))
-    attended = attention.attend_with_selector(query, cache, step)[1]
-    return attended.out, attended.selection, attended.bytes_read
 
 
 if __name__ == "__main__":

@@ -48,6 +48,38 @@ def decode_attention(rows: list[Row]) -> tuple[str, list[str]]:
     return about, table(head, lines)
 
 
+def decode_methods(rows: list[Row]) -> tuple[str, list[str]]:
+    """What is said of the table of methods, and its lines."""
+    about = (
+        f"**One decode step of one layer under each method** "
+        f"({provenance(rows, 'decode_attention_selectors.json', 'results')}), on the caches that are planted for "
+        f"RaBitQ at p = {rows[0]['top_p']:g}. Mass held is the share of the exact attention in the tokens attended. "
+        "Bytes are those that a method says it reads, over dense attention's; the floor is the time of reading them. "
+        "Kernel time is from the query to the output; wall time has the appending of the token and the update of the "
+        "method's state besides. The ratio is of wall times, to the faster dense attention."
+    )
+    head = (
+        "method", "case", "attended", "mass held", "bytes read", "kernels, µs", "share of floor", "wall, µs",
+        "dense XLA, µs", "dense cuDNN, µs", "ratio",
+    )  # fmt: skip
+    lines = [
+        (
+            f"`{row['implementation']}`",
+            label(row),
+            f"{row['kept']:.1%}",
+            f"{row['true_mass']:.0%}",
+            f"{row['bytes'] / row['dense']['xla']['bytes']:.1%}",
+            spread(row["kernel_us"]),
+            f"{row['share_of_floor']:.0%}",
+            f"{row['wall_us']['median']:.0f}",
+            *(dense_wall(row, name) for name in ("xla", "cudnn")),
+            f"{best_dense(row) / row['wall_us']['median']:.2f}",
+        )
+        for row in rows
+    ]
+    return about, table(head, lines)
+
+
 def operation(rows: list[Row], name: str) -> tuple[str, list[str]]:
     """What is said of an operation's table, and its lines."""
     head = (

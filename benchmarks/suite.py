@@ -1,12 +1,14 @@
 """What the benchmarks of an operation have in common: their command line, and a row's times and bytes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import click
 import jax
 
 from benchmarks import timing
+from benchmarks.methods import expand
 from benchmarks.record import commit_option, write_row
 from benchmarks.shapes import SUITES, Case
 from rabitq_jax import RaBitQConfig
@@ -15,15 +17,23 @@ from rabitq_jax._dispatch import on_gpu
 DEFAULT = RaBitQConfig()
 # measure(case, config, bandwidth in bytes a second) gives the rows of a case, one an implementation.
 Measure = Callable[[Case, RaBitQConfig, float], Iterable[dict]]
+# The same of methods, given as texts ("quest:page=16,budget=1024"): one row each.
+MeasureMethods = Callable[[Case, RaBitQConfig, float, tuple[str, ...]], Iterable[dict]]
 
 
 def command(
-    operation: str, measure: Measure, about: str, *, selections: Sequence[str] = (DEFAULT.selection,)
+    operation: str,
+    measure: Measure,
+    about: str,
+    *,
+    selections: Sequence[str] = (DEFAULT.selection,),
+    measure_methods: MeasureMethods | None = None,
 ) -> click.Command:
     """The command that measures cases and writes results/`operation`.json, row by row.
 
     Args:
       selections: rules that may be asked for; others than the default write results/`operation`_`rule`.json.
+      measure_methods: what --method asks for, which writes results/`operation`_selectors.json; None takes no --method.
     """
 
     @click.command(name=operation, help=about.split("\n")[0])
@@ -32,19 +42,39 @@ def command(
     @click.option("--top-p", default=0.95, show_default=True, help="Share of the attention mass to keep.")
     @click.option("--selection", type=click.Choice(selections), default=DEFAULT.selection, show_default=True)
     @commit_option
-    def main(suites: tuple[str, ...], tokens: tuple[int, ...], top_p: float, selection: str, commit: str) -> None:
+    def main(
+        suites: tuple[str, ...], tokens: tuple[int, ...], top_p: float, selection: str, commit: str,
+        methods: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         announce_device()
         name = operation if selection == DEFAULT.selection else f"{operation}_{selection}"
+        run = measure
+        if methods and measure_methods is not None:
+            name, run = f"{operation}_selectors", functools.partial(measure_methods, methods=methods)
         suites = suites or ("context" if on_gpu() else "small",)
         cases = [case for suite in suites for case in SUITES[suite] if not tokens or case.shape.tokens in tokens]
         bandwidth = timing.bandwidth()
         for case in cases:
-            for row in measure(case, RaBitQConfig(top_p=top_p, selection=selection), bandwidth):
+            for row in run(case, RaBitQConfig(top_p=top_p, selection=selection), bandwidth):
                 row = {"case": case.name, "shape": str(case.shape), "top_p": top_p, "selection": selection} | row
                 write_row(f"{name}.json", row, commit=commit)
                 click.echo(summary(row))
 
+    if measure_methods is not None:
+        option = click.option(
+            "--method", "methods", multiple=True, metavar="NAME:ARGUMENTS", callback=_read_methods,
+            help="Another method, such as quest:page=16,budget=1024; may be repeated; 'all' is one setting of each. "
+            "The cache stays the one planted for RaBitQ under --top-p.",
+        )  # fmt: skip
+        option(main)
     return main
+
+
+def _read_methods(_context, _option, texts: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        return expand(texts)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def announce_device() -> None:

@@ -18,6 +18,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder in place of benchmarks/results, and measurements that are short."""
+    from benchmarks import record, timing
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(timing, "STEPS", 2)
+    monkeypatch.setattr(timing, "REPEATS", 2)
+    monkeypatch.setattr(timing, "CALLS", 2)
+    return tmp_path
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Thousands of compiled programs in one process take more memory maps than a process may have, and it crashes."""

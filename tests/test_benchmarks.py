@@ -50,15 +50,11 @@ def quick_compilation():
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
-    """A folder in place of benchmarks/results, and measurements that are short."""
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setattr(timing, "STEPS", 2)
-    monkeypatch.setattr(timing, "REPEATS", 2)
-    monkeypatch.setattr(timing, "CALLS", 2)
+def results(results, monkeypatch):
+    """With whole models that are small."""
     monkeypatch.setattr(decode_step, "STEPS", 2)
     monkeypatch.setitem(SHAPES, "demo", dataclasses.replace(SHAPES["demo"], num_layers=3))
-    return tmp_path
+    return results
 
 
 def rows_of(folder: Path, name: str) -> list[dict]:

@@ -2,12 +2,17 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import needles, selectors, selectors_report
+from benchmarks import decode_attention, methods, needles, report, selectors, selectors_report, speed_report
+from benchmarks.shapes import SUITES
+from rabitq_jax.selectors import SELECTORS, SnapKV, kivi, magicpig, selector
 from rabitq_jax.selectors.arguments import parse_selector
+from rabitq_jax.selectors.tidal_decode import SharingLayer
+from tests.test_benchmarks import CASE, rows_of, run
 
 
 def attention(problem):
@@ -71,3 +76,96 @@ def test_a_run_its_table_and_its_picture(tmp_path, monkeypatch):
     plots = pytest.importorskip("benchmarks.quality.plots")
     plots.save(selectors_report.draw(content), tmp_path / "selectors.png")
     assert (tmp_path / "selectors.png").stat().st_size > 1000
+
+
+# The case's two sequences and one kv head of two query heads: 832 and 640 tokens, 256 bytes each.
+TOKENS, ROW = 832 + 640, 256
+
+
+def decode_rows(results, *texts: str) -> list[dict]:
+    run(decode_attention.main, *(word for text in texts for word in ("--method", text)))
+    rows = rows_of(results, "decode_attention_selectors")
+    assert [row["implementation"] for row in rows] == list(texts)
+    return rows
+
+
+def test_a_decode_step_of_methods_is_measured(results, monkeypatch):
+    monkeypatch.setitem(SUITES, "small", (CASE,))
+    full, oracle, quest, stream, tidal = rows = decode_rows(
+        results, "full", "oracle-top-k:budget=64", "quest:page=16,budget=64", "streaming-llm:sink=4,recent=60",
+        "tidal-decode:budget=64",
+    )  # fmt: skip
+    for row in rows:
+        assert row["case"] == "tiny" and row["commit"] == "abc" and 0 <= row["error"] < 1e-2
+        assert 0 < row["kernel_us"]["median"] and 0 < row["wall_us"]["median"]
+        assert row["floor_us"] == pytest.approx(row["bytes"] / row["bandwidth_tb_per_s"] / 1e6)
+        assert row["dense"] == full["dense"]
+    assert full["bytes"] == full["dense"]["xla"]["bytes"] == TOKENS * ROW
+    assert full["kept"] == 1 and full["true_mass"] == pytest.approx(1)
+    kept = {row["implementation"].partition(":")[0]: round(row["kept"] * TOKENS) for row in rows}
+    assert kept["streaming-llm"] == 2 * 64 and stream["bytes"] == 2 * 64 * ROW and "estimated_mass" not in stream
+    # Each query head has 63 tokens beside the new one.
+    assert 2 * 64 < kept["oracle-top-k"] <= 2 * 127
+    assert oracle["bytes"] == (TOKENS - 2) * ROW / 2 + kept["oracle-top-k"] * ROW
+    # Each query head has three pages, beside that of the new token; a whole page has two bounds of 128 bytes.
+    assert 2 * 48 < kept["quest"] <= 2 * (2 * 48 + 16)
+    assert quest["bytes"] == (51 + 39) * 2 * 128 + kept["quest"] * ROW
+    assert stream["true_mass"] < quest["true_mass"] < oracle["true_mass"] < 1
+    # The layer below has selected with the same queries: the oracle's list, and a mask of a byte a token.
+    assert tidal["true_mass"] == oracle["true_mass"] and kept["tidal-decode"] == kept["oracle-top-k"]
+    assert tidal["bytes"] == TOKENS + kept["oracle-top-k"] * ROW
+
+
+def test_rows_of_methods_make_a_table(results, monkeypatch):
+    monkeypatch.setitem(SUITES, "small", (CASE,))
+    rabitq, kivi = decode_rows(results, "rabitq:top_p=0.9", "kivi:bits=2")
+    assert 0.85 < rabitq["true_mass"] < 1 and rabitq["kept"] < rabitq["bytes"] / (TOKENS * ROW) < 0.6
+    about, table = speed_report.decode_methods([rabitq, kivi])
+    assert "decode_attention_selectors.json" in about and len(table) == 4
+    # 64 numbers of 2 bits, and two groups' zeros and scales; 128 to 255 exact keys and 128 exact values a sequence.
+    assert table[3].startswith(f"| `kivi:bits=2` | tiny | 100.0% | 100% | {kivi['bytes'] / TOKENS / ROW:.1%} | ")
+    exact = (832 - 768) + 640 % 128 + 2 * 128
+    assert kivi["bytes"] == (2 * TOKENS - exact) * (16 + 8) + exact * 128
+    monkeypatch.setattr(report, "RESULTS", results)
+    (results / "training.json").write_text((report.PAGES[1].parent / "results/training.json").read_text())
+    assert "decode-methods" not in report.sections()
+    (results / "decode_attention_selectors.json").write_text(json.dumps([rabitq, kivi]))
+    assert table[3] in report.sections()["decode-methods"]
+
+
+@pytest.mark.parametrize(
+    "text,module,function",
+    [
+        ("quest:budget=64", selector, "gathered_attention"),
+        ("sparq:budget=64", selector, "gathered_attention"),
+        ("magicpig:bits=6,tables=20", magicpig, "weighted_attention"),
+        ("kivi:bits=2", kivi, "decode_attention"),
+    ],
+)
+def test_a_wrong_step_is_not_timed(text, module, function, results, monkeypatch):
+    monkeypatch.setitem(SUITES, "small", (CASE,))
+    right = getattr(module, function)
+    jax.clear_caches()
+    monkeypatch.setattr(module, function, lambda *args, **options: 1.05 * right(*args, **options))
+    with pytest.raises(ValueError, match="error of decode attention must be at most 0.01"):
+        run(decode_attention.main, "--method", text)
+    assert not (results / "cpu").exists()
+    jax.clear_caches()
+
+
+def test_methods_of_many_layers_are_measured_in_the_middle_one():
+    assert methods.in_layer("pyramidkv:budget=264,beta=20") == SnapKV(
+        budget=8 + int(499.2 - 486.4 * 16 / 31), observed=8
+    )
+    assert isinstance(methods.in_layer("tidal-decode"), SharingLayer)
+    assert methods.expand(("full", "all")) == ("full", *methods.EACH)
+    assert {text.partition(":")[0] for text in methods.EACH} == {"rabitq", *SELECTORS}
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [(("--method", "quest:pages=8"), "Quest has no argument 'pages'"), (("--method", "best"), "must be one of rabitq")],
+)
+def test_a_method_that_is_none_is_told_before_anything_is_measured(arguments, message, results):
+    outcome = CliRunner().invoke(decode_attention.main, arguments)
+    assert outcome.exit_code == 2 and "'--method'" in outcome.output and message in outcome.output

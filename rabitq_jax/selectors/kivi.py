@@ -108,23 +108,30 @@ class KIVI(Selector):
         )
 
     def attend(self, query: jax.Array, state: QuantizedCache, cache: "LayerCache", step: Step) -> Attended:
-        position = jnp.arange(cache.capacity)
-        quantized_keys = cache.length // self.residual * self.residual
-        quantized_values = jnp.maximum(cache.length - self.residual, 0)
-        mixed = lambda exact, rows, stop: jnp.where(  # noqa: E731
-            (position < stop[:, None])[:, None, :, None], rows.reshape(exact.shape), exact.astype(jnp.float32)
-        )
-        keys = mixed(cache.keys, state.keys.dequantize().swapaxes(3, 4), quantized_keys)
-        values = mixed(cache.values, state.values.dequantize(), quantized_values)
+        keys, values = self.held(state, cache)
         out = decode_attention(
             query.astype(jnp.float32), keys, values, cache.length, softmax_scale=step.softmax_scale
         )  # fmt: skip
         kv_heads, _, head_dim = cache.keys.shape[1:]
-        in_bits = (quantized_keys + quantized_values).astype(jnp.float32)
-        exact = 2 * cache.length - (quantized_keys + quantized_values)
+        quantized = sum(self._quantized(cache))
+        in_bits, exact = quantized.astype(jnp.float32), 2 * cache.length - quantized
         row = head_dim * cache.keys.dtype.itemsize
         bytes_read = kv_heads * (self.bytes_per_token(head_dim, 0) / 2 * in_bits + row * exact)
         return Attended(out=out, selection=everything(query, cache), bytes_read=bytes_read, state=state)
+
+    def held(self, state: QuantizedCache, cache: "LayerCache") -> tuple[jax.Array, jax.Array]:
+        """Keys and values as this format holds them, float32 [B,K,T,D]: in few bits, but for the last tokens."""
+        position = jnp.arange(cache.capacity)
+        mixed = lambda exact, rows, stop: jnp.where(  # noqa: E731
+            (position < stop[:, None])[:, None, :, None], rows.reshape(exact.shape), exact.astype(jnp.float32)
+        )
+        quantized_keys, quantized_values = self._quantized(cache)
+        keys = mixed(cache.keys, state.keys.dequantize().swapaxes(3, 4), quantized_keys)
+        return keys, mixed(cache.values, state.values.dequantize(), quantized_values)
+
+    def _quantized(self, cache: "LayerCache") -> tuple[jax.Array, jax.Array]:
+        """int32 [B], twice: first tokens whose keys, and whose values, are in few bits."""
+        return cache.length // self.residual * self.residual, jnp.maximum(cache.length - self.residual, 0)
 
     def _channel_groups(self, x: jax.Array) -> jax.Array:
         """[...,D / g,g] of [...,D]."""

@@ -97,8 +97,12 @@ class MagicPIG(Selector):
         held = (jnp.arange(cache.capacity) < cache.length[:, None])[:, None, :, None]
         total = jnp.sum(jnp.where(held, cache.keys, 0), axis=2, dtype=jnp.float32)
         mean = total / jnp.maximum(cache.length, 1)[:, None, None]
-        hashes = hash_of(cache.keys.astype(jnp.float32) - mean[:, :, None], state.projections)
-        return dataclasses.replace(state, keys=hashes, mean=mean)
+        # One head's projections are in memory at a time.
+        hashes = jax.lax.map(
+            lambda head: hash_of(head[0].astype(jnp.float32) - head[1], state.projections),
+            (jax.lax.collapse(cache.keys, 0, 2), jax.lax.collapse(mean, 0, 2)),
+        )
+        return dataclasses.replace(state, keys=hashes.reshape(state.keys.shape), mean=mean)
 
     def update(self, state: Hashes, cache: "LayerCache", step: Step) -> Hashes:
         row = hash_of(newest(cache.keys, cache).astype(jnp.float32) - state.mean, state.projections)
@@ -120,15 +124,18 @@ class MagicPIG(Selector):
 
     def attend(self, query: jax.Array, state: Hashes, cache: "LayerCache", step: Step) -> Attended:
         choice = self.choose(query, state, cache, step)
-        always = sinks_and_window(cache, self.sink, self.recent)[:, None, None]
-        log_weights = jnp.where(always, 0, -jnp.log(self.probability(query, state, cache)))
-        log_weights = jnp.where(self.sample(query, state, cache), log_weights, -jnp.inf)
         out = weighted_attention(
-            query, cache.keys, cache.values, choice.selection.indices, choice.selection.counts, log_weights,
-            softmax_scale=step.softmax_scale,
+            query, cache.keys, cache.values, choice.selection.indices, choice.selection.counts,
+            self.log_weights(query, state, cache), softmax_scale=step.softmax_scale,
         )  # fmt: skip
         bytes_read = choice.bytes_read + attended_bytes(choice.selection, cache)
         return Attended(out=out, selection=choice.selection, bytes_read=bytes_read, state=state)
+
+    def log_weights(self, query: jax.Array, state: Hashes, cache: "LayerCache") -> jax.Array:
+        """float32 [B,K,G,T], -log u of the tokens in the sample, and -inf of the others."""
+        always = sinks_and_window(cache, self.sink, self.recent)[:, None, None]
+        weights = jnp.where(always, 0, -jnp.log(self.probability(query, state, cache)))
+        return jnp.where(self.sample(query, state, cache), weights, -jnp.inf)
 
     def probability(self, query: jax.Array, state: Hashes, cache: "LayerCache") -> jax.Array:
         """float32 [B,K,G,T]: u, the probability that a token is sampled."""
@@ -138,10 +145,11 @@ class MagicPIG(Selector):
         size = jnp.linalg.norm(query, axis=-1)[..., None] * jnp.linalg.norm(keys, axis=-1)[:, :, None]
         cosine = jnp.clip(dots / jnp.where(size == 0, 1, size), -1, 1)
         same = (1 - jnp.arccos(cosine) / jnp.pi) ** self.bits
-        none = (1 - same) ** self.tables
-        one = self.tables * same * (1 - same) ** (self.tables - 1)
+        # u = 1 - (1 - same)^(L - 1) (1 + (L - 1) same), in logarithms: 1 less a number near 1 has no digits left.
+        others = self.tables - 1
+        chance = -jnp.expm1(others * jnp.log1p(-same) + jnp.log1p(others * same))
         # What was sampled had a chance; rounding must not take it away.
-        return jnp.maximum(1 - none - one, jnp.finfo(jnp.float32).tiny)
+        return jnp.maximum(chance, jnp.finfo(jnp.float32).tiny)
 
 
 def hash_of(x: jax.Array, projections: jax.Array) -> jax.Array:
