@@ -21,23 +21,28 @@ from rabitq_jax.selectors import (
     OracleTopK,
     OracleTopP,
     PQCache,
+    PyramidKV,
     Quest,
     Selector,
     SnapKV,
     SparQ,
     Step,
     StreamingLLM,
+    TidalDecode,
     TopK,
     TopKThenTopP,
     TopP,
     Twilight,
 )
+from rabitq_jax.selectors.tidal_decode import SharingLayer
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM, CAPACITY = 3, 4, 2, 32, 512
 GROUP = HEADS // KV_HEADS
 PROMPT = np.array([150, 60, 9])
 STEPS = 200
 SCALE = HEAD_DIM**-0.5
+# Methods are run in the last of so many layers.
+LAYERS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +80,26 @@ CASES = {
         sink=8,
         recent=8,
     ),  # fmt: skip
+    "quest-top-p": Case(
+        Quest(page=8, rule=TopP(top_p=0.7), sink=8, recent=8), Quest(page=8, rule=TopP(top_p=1.0)), sink=8, recent=8
+    ),
     "h2o": Case(H2O(budget=30, recent=10), H2O(budget=CAPACITY), most=30, recent=10),
     # The prompt's budget, and all that is generated.
     "snapkv": Case(
         SnapKV(budget=30, observed=8, kernel=3), SnapKV(budget=CAPACITY, observed=8), most=30 + STEPS, recent=8
     ),
+    # The last layer has a quarter of the mean budget beside the window: 5 tokens.
+    "pyramidkv": Case(
+        PyramidKV(budget=30, observed=8, kernel=3, beta=4),
+        PyramidKV(budget=CAPACITY, observed=8, beta=1),
+        most=13 + STEPS,
+        recent=8,
+    ),
     "sparq": Case(SparQ(channels=8, **SCORING), SparQ(channels=8, rule=ALL), **SCORED),
     "double-sparsity": Case(DoubleSparsity(channels=8, **SCORING), DoubleSparsity(channels=8, rule=ALL), **SCORED),
+    "tidal-decode": Case(
+        TidalDecode(selection_layers=(1,), **SCORING), TidalDecode(selection_layers=(1,), rule=ALL), **SCORED
+    ),
     "twilight": Case(
         Twilight(base=Quest(page=8, rule=TopK(budget=80)), rule=TopP(top_p=0.7), sink=4, recent=8),
         Twilight(base=FullAttention(), rule=TopP(top_p=1.0)),
@@ -89,13 +107,26 @@ CASES = {
         sink=4,
         recent=8,
     ),  # fmt: skip
+    "twilight-full": Case(
+        Twilight(base=FullAttention(), rule=TopP(top_p=0.7), sink=4, recent=8),
+        Twilight(base=Quest(page=8, rule=ALL), rule=TopP(top_p=1.0)),
+        sink=4,
+        recent=8,
+    ),
     "magicpig": Case(
         MagicPIG(bits=6, tables=20, sink=4, recent=8), MagicPIG(tables=10, recent=CAPACITY), sink=4, recent=8
     ),
     "pqcache": Case(PQCache(parts=4, bits=4, **SCORING), PQCache(parts=4, bits=4, rule=ALL), **SCORED),
     "duo-attention": Case(DuoAttention(sink=4, recent=8), DuoAttention(retrieval=1.0), sink=4, recent=8),
     "kivi": Case(KIVI(bits=2, group=16, residual=32), KIVI(residual=CAPACITY)),
-    "extended-rabitq": Case(ExtendedRaBitQ(bits=2, **SCORING), ExtendedRaBitQ(bits=1, rule=TopP(top_p=1.0)), **SCORED),
+    **{
+        f"extended-rabitq-{bits}-{centroid}": Case(
+            ExtendedRaBitQ(bits=bits, key_centroid=centroid, **SCORING),
+            ExtendedRaBitQ(bits=bits, key_centroid=centroid, rule=TopP(top_p=1.0)),
+            **SCORED,
+        )
+        for bits, centroid in ((1, "prompt"), (1, "none"), (2, "prompt"), (4, "prompt"))
+    },
 }
 
 
@@ -157,11 +188,20 @@ def filled_cache(selector: Selector) -> LayerCache:
 
 
 def run(selector: Selector, steps: int) -> Run:
-    """The prompt, then one step at a time. Nothing may be compiled but in the first step."""
-    cache, outputs, compiled = filled_cache(selector), [], 0
+    """The prompt, then one step at a time, in the last layer. Nothing may be compiled but in the first step.
+
+    A layer that attends what the one below has selected gets that of a layer with the same inputs.
+    """
+    own, below = selector.for_layer(LAYERS - 1, LAYERS), selector.for_layer(LAYERS - 2, LAYERS)
+    cache, outputs, compiled = filled_cache(own), [], 0
+    cache_below = filled_cache(below) if isinstance(own, SharingLayer) else None
     active, rows = np.ones(BATCH, bool), np.arange(BATCH)
     for n in range(steps):
-        cache, output = decode(*(x[rows, PROMPT + n] for x in inputs()), cache, active)
+        tokens, previous = [x[rows, PROMPT + n] for x in inputs()], None
+        if cache_below is not None:
+            cache_below, _ = decode(*tokens, cache_below, active)
+            previous = cache_below.state
+        cache, output = decode(*tokens, cache, active, previous)
         outputs.append(output)
         compiled = compiled or decode._cache_size()
     assert decode._cache_size() == compiled

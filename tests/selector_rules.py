@@ -29,9 +29,9 @@ def fewest(weights, p: float, candidates) -> set[int]:
     return kept
 
 
-def top_p(seen: History, scores, p: float, candidates) -> set[int]:
-    """4 sinks, 8 last tokens, and of the candidates what Top-p keeps by scores [G,t], beside exact logits of those."""
-    always = union(scores, 0, 4, 8, len(seen.keys))
+def top_p(seen: History, scores, p: float, candidates, sink: int = 4, page: int = 1) -> set[int]:
+    """Sinks, 8 last tokens, and of the candidates what Top-p keeps by scores [G,t], beside exact logits of those."""
+    always = union(scores, 0, sink, 8, len(seen.keys), page)
     kept = set(always)
     for head, (estimate, logits) in enumerate(zip(scores, seen.logits, strict=True)):
         chosen = sorted(candidates[head] - always)
@@ -81,6 +81,14 @@ def quest(seen, ran, b, k):
     return union(page_bounds(seen), 3, 8, 8, len(seen.keys), page=8)
 
 
+def quest_top_p(seen, ran, b, k):
+    """Each token of a page has the page's bound for its estimate."""
+    tokens = len(seen.keys)
+    return top_p(
+        seen, np.repeat(page_bounds(seen) * SCALE, 8, axis=1)[:, :tokens], 0.7, [set(range(tokens))] * GROUP, 8, 8
+    )
+
+
 def h2o(seen, ran, b, k):
     length = len(seen.keys)
     received = np.zeros(length)
@@ -96,11 +104,15 @@ def h2o(seen, ran, b, k):
     return kept
 
 
-def snapkv(seen, ran, b, k):
+def snapkv(seen, ran, b, k, count=22):
     prefix = max(seen.prompt - 8, 0)
     votes = sum(attention_weights(seen, token).sum(axis=0)[:prefix] for token in range(prefix, seen.prompt))
     pooled = np.array([votes[max(i - 1, 0) : i + 2].max() for i in range(prefix)])
-    return largest(pooled, 22, 0, prefix) | set(range(prefix, len(seen.keys)))
+    return largest(pooled, count, 0, prefix) | set(range(prefix, len(seen.keys)))
+
+
+def pyramidkv(seen, ran, b, k):
+    return snapkv(seen, ran, b, k, count=int(22 / 4))
 
 
 def sparq_scores(seen):
@@ -129,6 +141,11 @@ def double_sparsity(seen, ran, b, k):
 
 def twilight(seen, ran, b, k):
     through = union(page_bounds(seen), 9, 0, 1, len(seen.keys), page=8)
+    return top_p(seen, seen.query @ quantized(seen.keys, 4).T * SCALE, 0.7, [through] * GROUP)
+
+
+def twilight_full(seen, ran, b, k):
+    through = set(range(len(seen.keys)))
     return top_p(seen, seen.query @ quantized(seen.keys, 4).T * SCALE, 0.7, [through] * GROUP)
 
 
@@ -201,19 +218,28 @@ def kivi_output(seen, kept, ran, b, k):
     return softmax(seen.query @ keys.T * SCALE) @ values
 
 
-def extended_rabitq(seen, ran, b, k):
-    rotation = np.asarray(ran.cache.state.rotation, np.float64)
-    centroid = seen.keys[: seen.prompt].mean(axis=0)
-    x = (seen.keys - centroid) @ rotation.T
-    # Two bits: each |x_d| is 1/2 or 3/2 on the grid; try every number of largest coordinates that are 3/2.
-    order = np.argsort(-np.abs(x), axis=1)
-    ranks = np.argsort(order, axis=1)
-    grids = np.stack([np.where(ranks < n, 1.5, 0.5) for n in range(33)]) * np.sign(x)
-    cosine = (grids * x).sum(axis=-1) / np.linalg.norm(grids, axis=-1)
-    best = grids[cosine.argmax(axis=0), np.arange(len(x))]
-    scale = ((x * x).sum(axis=1) / (best * x).sum(axis=1)).astype(jnp.bfloat16).astype(float)
-    scores = (seen.query @ rotation.T) @ best.T * scale
-    return union(scores, 28, 4, 8, len(seen.keys))
+def grid_point(x, bits: int):
+    """Of the points with coordinates in {1/2, 3/2, ..., 2^(bits - 1) - 1/2} and x's signs, the one of largest cosine.
+
+    It is floor(t |x|) + 1/2 for some t, and there are no others than at, just past, and before all those t where a
+    coordinate is a whole number.
+    """
+    size, half = np.abs(x), 2 ** (bits - 1)
+    turns = np.concatenate([[0.0], (np.arange(1, half) / size[:, None]).ravel() * (1 + 1e-12)])
+    grid = np.minimum(np.floor(turns[:, None] * size), half - 1) + 0.5
+    return np.sign(x) * grid[np.argmax(grid @ size / np.linalg.norm(grid, axis=1))]
+
+
+def extended_rabitq(bits: int, centred: bool):
+    def rule(seen, ran, b, k):
+        rotation = np.asarray(ran.cache.state.rotation, np.float64)
+        centroid = seen.keys[: seen.prompt].mean(axis=0) * centred
+        x = (seen.keys - centroid) @ rotation.T
+        points = np.stack([grid_point(row, bits) for row in x])
+        scale = ((x * x).sum(axis=1) / (points * x).sum(axis=1)).astype(jnp.bfloat16).astype(float)
+        return union((seen.query @ rotation.T) @ points.T * scale, 28, 4, 8, len(seen.keys))
+
+    return rule
 
 
 RULES = {
@@ -223,15 +249,22 @@ RULES = {
     "oracle-both": oracle_both,
     "streaming-llm": streaming_llm,
     "quest": quest,
+    "quest-top-p": quest_top_p,
     "h2o": h2o,
     "snapkv": snapkv,
+    "pyramidkv": pyramidkv,
     "sparq": sparq,
     "double-sparsity": double_sparsity,
+    "tidal-decode": oracle_top_k,
     "twilight": twilight,
+    "twilight-full": twilight_full,
     "magicpig": magicpig,
     "pqcache": pqcache,
     "duo-attention": duo_attention,
     "kivi": everything,
-    "extended-rabitq": extended_rabitq,
+    "extended-rabitq-1-prompt": extended_rabitq(1, True),
+    "extended-rabitq-1-none": extended_rabitq(1, False),
+    "extended-rabitq-2-prompt": extended_rabitq(2, True),
+    "extended-rabitq-4-prompt": extended_rabitq(4, True),
 }
 OUTPUTS = {"sparq": sparq_output, "magicpig": magicpig_output, "kivi": kivi_output}

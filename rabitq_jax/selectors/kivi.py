@@ -113,7 +113,8 @@ class KIVI(Selector):
             query.astype(jnp.float32), keys, values, cache.length, softmax_scale=step.softmax_scale
         )  # fmt: skip
         kv_heads, _, head_dim = cache.keys.shape[1:]
-        quantized = sum(self._quantized(cache))
+        quantized_keys, quantized_values = self._quantized(cache)
+        quantized = quantized_keys + quantized_values
         in_bits, exact = quantized.astype(jnp.float32), 2 * cache.length - quantized
         row = head_dim * cache.keys.dtype.itemsize
         bytes_read = kv_heads * (self.bytes_per_token(head_dim, 0) / 2 * in_bits + row * exact)
