@@ -204,6 +204,8 @@ def describe(kind: type) -> str:
 @dtype_option
 def calibrate_command(model, text_file, channels, tokens, output, dtype) -> None:
     """Find the channels that matter in a text, for --selector double-sparsity --selector-args calibrated=FILE."""
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"--output must be in a folder that exists, got {output}")
     decoder, tokenizer = load_pretrained(model, dtype=jnp.dtype(dtype))
     text = tokenizer.encode(text_file.read())[:tokens]
     found = calibrate(decoder, text, channels=channels)

@@ -141,6 +141,14 @@ def test_selectors_are_listed_with_their_bytes():
     assert re.search(r"^quest +16\.0  Quest: pages of tokens", run.output, re.MULTILINE)
 
 
+def test_calibration_names_a_folder_that_is_not_there(folder, prompt_file, tmp_path):
+    command = ["calibrate", "--model", str(folder), "--text-file", str(prompt_file)]
+    with pytest.raises(ValueError, match="--output must be in a folder that exists, got .*none/channels.json"):
+        CliRunner().invoke(
+            commands, [*command, "--output", str(tmp_path / "none/channels.json")], catch_exceptions=False
+        )
+
+
 def test_calibrated_channels_are_written(folder, prompt_file, tmp_path):
     output = tmp_path / "channels.json"
     command = ["calibrate", "--model", str(folder), "--text-file", str(prompt_file), "--channels", "8"]

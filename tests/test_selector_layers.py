@@ -1,5 +1,6 @@
 """What selectors do between layers, between prompts, and with arguments from a command line."""
 
+import dataclasses
 import json
 
 import jax
@@ -152,6 +153,21 @@ def test_more_bits_estimate_better_and_centring_helps():
     assert one_bare > one > 1.7 * two > 1.7 * 3 * four
 
 
+def test_the_weights_of_tokens_that_are_hardly_ever_sampled_keep_their_digits():
+    """Keys at angles up to 0.8 pi from the query, which two of 150 hashes of 10 bits match once in 10^10 draws."""
+    angle = np.linspace(0, 0.8 * np.pi, SHAPE.capacity)
+    keys = np.zeros((BATCH, 2, SHAPE.capacity, 32), np.float32)
+    keys[..., 0], keys[..., 1] = np.cos(angle), np.sin(angle)
+    selector = MagicPIG(bits=10, tables=150)
+    cache = dataclasses.replace(init_selector_cache(SHAPE, selector), keys=jnp.array(keys))
+    query = jnp.zeros((BATCH, 2, 2, 32)).at[..., 0].set(3.0)
+    same = (1 - angle / np.pi) ** 10
+    chance = 1 - (1 - same) ** 150 - 150 * same * (1 - same) ** 149
+    assert 1e-11 < chance[-1] < 1e-9
+    # The formula itself has 6 digits left in float64.
+    np.testing.assert_allclose(selector.probability(query, cache.state, cache)[0, 0, 0], chance, rtol=0.02)
+
+
 def test_calibrated_channels_are_the_largest_of_the_text(model, tmp_path):
     tokens = PROMPTS[0]
     channels = calibrate(model, tokens, channels=8)
@@ -175,8 +191,31 @@ def test_calibrated_channels_are_the_largest_of_the_text(model, tmp_path):
     np.testing.assert_array_equal(sparse.tokens, continued(model, None).tokens)
 
 
-def test_given_heads_retrieve(model):
-    stats = continued(model, DuoAttention(heads=((), (1,), (0, 1)), sink=2, recent=4)).stats
+@pytest.mark.parametrize(
+    "content",
+    ['{"channels": [[0, 1]]}', '{"channels": [[[0, -1]]]}', '{"channels": []}', '{"heads": [[[0]]]}', "[", "{}"],
+)
+def test_a_file_without_channels_is_told(content, tmp_path):
+    file = tmp_path / "channels.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match="calibrated must have|calibrated must be a JSON file with 'channels'"):
+        make_selector("double-sparsity", calibrated=str(file))
+
+
+def test_channels_of_another_model_are_told(model):
+    for channels, message in (((8, 9, 10, 11, 12, 13, 14, 99), "below 32"), (tuple(range(16)), "8 channels a kv head")):
+        with pytest.raises(ValueError, match=message):
+            continued(model, DoubleSparsity(channels=8, calibrated=((channels,) * 2,) * 3))
+    with pytest.raises(ValueError, match="channels must be a positive multiple of 8, got 12"):
+        calibrate(model, PROMPTS[0], channels=12)
+
+
+def test_given_heads_retrieve(model, tmp_path):
+    file = tmp_path / "heads.json"
+    file.write_text('{"heads": [[], [1], [0, 1]]}')
+    selector = make_selector("duo-attention", heads=str(file), sink=2, recent=4)
+    assert selector == DuoAttention(heads=((), (1,), (0, 1)), sink=2, recent=4)
+    stats = continued(model, selector).stats
     everything = np.broadcast_to(stats.length[..., None], stats.kept[:, :, 0].shape)
     np.testing.assert_array_equal(stats.kept[:, :, 0], 6)
     np.testing.assert_array_equal(stats.kept[:, :, 1], np.where([False, True], everything, 6))
@@ -243,8 +282,18 @@ def test_arguments_make_selectors_and_rules():
     "make,message",
     [
         (lambda: make_selector("best"), "selector must be one of rabitq, full"),
-        (lambda: make_selector("rabitq", page=16), "RaBitQConfig: .*page"),
-        (lambda: make_selector("h2o", page=16), "H2O has no argument 'page'"),
+        (lambda: make_selector("rabitq", page=16), "RaBitQConfig has no argument 'page': it takes attend, "),
+        (lambda: make_selector("h2o", page=16), "H2O has no argument 'page': it takes budget, dense_layers, recent$"),
+        (
+            lambda: make_selector("sparq", page=16),
+            "it takes budget, channels, dense_layers, recent, rule, sink, top_p$",
+        ),
+        (lambda: make_selector("magicpig", layer=1), "MagicPIG has no argument 'layer'"),
+        (
+            lambda: make_selector("double-sparsity", calibrated="no.json"),
+            "calibrated must be a JSON .*'no.json': FileNot",
+        ),
+        (lambda: make_selector("duo-attention", heads=(1, 2)), r"heads must be a JSON file .*, got \(1, 2\)"),
         (lambda: make_selector("twilight", base="h2o"), "base must be one of quest, full, got 'h2o'"),
         (lambda: parse_arguments("page"), "must be name=value"),
         (lambda: TopK(budget=0), "budget must be a positive integer, got 0"),
@@ -261,6 +310,7 @@ def test_arguments_make_selectors_and_rules():
         (lambda: Twilight(base="quest"), "base must be a selector, got 'quest'"),
         (lambda: MagicPIG(bits=17), "bits must be at most 16, got 17"),
         (lambda: DuoAttention(retrieval="half"), r"retrieval must be in \[0, 1\], got 'half'"),
+        (lambda: DuoAttention(retrieval=True), r"retrieval must be in \[0, 1\], got True"),
         (lambda: DuoAttention(retrieval=2), r"retrieval must be in \[0, 1\], got 2"),
         (lambda: DuoAttention(heads=((0,),)).for_layer(0, 2), "heads must name those of 2 layers, got 1"),
         (lambda: KIVI(bits=3), "bits must be 1, 2, 4 or 8, got 3"),

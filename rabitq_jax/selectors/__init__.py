@@ -19,7 +19,15 @@ from rabitq_jax.selectors.oracle import OracleTopK, OracleTopP
 from rabitq_jax.selectors.pqcache import PQCache
 from rabitq_jax.selectors.pyramidkv import PyramidKV
 from rabitq_jax.selectors.quest import Quest
-from rabitq_jax.selectors.selector import Attended, CacheShape, Choice, ScoringSelector, Selector, Step
+from rabitq_jax.selectors.selector import (
+    Attended,
+    CacheShape,
+    Choice,
+    ScoringSelector,
+    Selector,
+    Step,
+    check_names,
+)
 from rabitq_jax.selectors.snapkv import SnapKV
 from rabitq_jax.selectors.sparq import SparQ
 from rabitq_jax.selectors.streaming_llm import StreamingLLM
@@ -64,10 +72,8 @@ def make_selector(name: str, **arguments) -> RaBitQConfig | Selector:
 
 
 def _make_rabitq(**arguments) -> RaBitQConfig:
-    try:
-        return RaBitQConfig(**arguments)
-    except TypeError as error:
-        raise ValueError(f"RaBitQConfig: {error}") from None
+    check_names(RaBitQConfig, arguments)
+    return RaBitQConfig(**arguments)
 
 
 __all__ = [

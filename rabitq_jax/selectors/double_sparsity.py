@@ -13,13 +13,12 @@ of the kv head, times mean |k_c|.
 """
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from rabitq_jax.selectors.layer_files import read_layers
 from rabitq_jax.selectors.observed_attention import LastQueries
 from rabitq_jax.selectors.quantized_rows import QuantizedRows, row_bytes
 from rabitq_jax.selectors.selector import (
@@ -77,8 +76,12 @@ class DoubleSparsity(ScoringSelector):
     @classmethod
     def from_arguments(cls, *, calibrated: str | None = None, **arguments):
         if calibrated is not None:
-            layers = json.loads(Path(calibrated).read_text(encoding="utf-8"))["channels"]
-            arguments["calibrated"] = tuple(tuple(tuple(head) for head in heads) for heads in layers)
+            layers = read_layers("calibrated", calibrated, "channels", depth=3)
+            if not layers or not layers[0]:
+                raise ValueError(
+                    f"calibrated must have channels of every layer and kv head, got {layers} in {calibrated}"
+                )
+            arguments["calibrated"] = layers
             arguments.setdefault("channels", len(layers[0][0]))
         return super().from_arguments(**arguments)
 
@@ -106,6 +109,8 @@ class DoubleSparsity(ScoringSelector):
             given = jnp.array(self.calibrated[self.layer], jnp.int32)
             if len(given) != shape.num_kv_heads:
                 raise ValueError(f"calibrated must have {shape.num_kv_heads} kv heads a layer, got {len(given)}")
+            if max(map(max, self.calibrated[self.layer])) >= shape.head_dim:
+                raise ValueError(f"calibrated must name channels below {shape.head_dim}, the head's dimensions")
             channels = jnp.broadcast_to(given, size)
         return Labels(
             channels=channels,

@@ -12,6 +12,7 @@ from rabitq_jax.cache import init_cache, round_capacity
 from rabitq_jax.decoding import ModelDefinition
 from rabitq_jax.generation import Decoder
 from rabitq_jax.selectors.double_sparsity import Channels, largest_channels
+from rabitq_jax.selectors.selector import check_multiple
 
 
 def calibrate(model: Decoder, tokens: Sequence[int], *, channels: int) -> Channels:
@@ -26,8 +27,9 @@ def calibrate(model: Decoder, tokens: Sequence[int], *, channels: int) -> Channe
       Tuples [L][K][channels] of ascending channels, for DoubleSparsity(calibrated=...).
 
     Raises:
-      ValueError: there are no tokens, or more channels than a head has.
+      ValueError: there are no tokens, or channels is no multiple of 8 or more than a head has.
     """
+    check_multiple("channels", channels, 8)
     if len(tokens) == 0:
         raise ValueError("tokens is empty: calibration needs a text")
     if channels > model.config.head_dim:

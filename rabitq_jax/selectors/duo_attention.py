@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from rabitq_jax.selectors.budget import top_k_mask
+from rabitq_jax.selectors.layer_files import read_layers
 from rabitq_jax.selectors.observed_attention import LastQueries
 from rabitq_jax.selectors.selector import CacheShape, Choice, Selector, Step, check_at_least, selected
 from rabitq_jax.selectors.streaming_llm import sinks_and_window
@@ -46,7 +47,8 @@ class DuoAttention(Selector):
     Attributes:
       sink, recent: tokens of streaming heads.
       retrieval: share of a layer's kv heads that retrieve, in [0, 1], rounded up, where the split is measured.
-      heads: kv heads that retrieve, for each layer, or None: measured on the prompt.
+      heads: kv heads that retrieve, for each layer, or None: measured on the prompt. On a command line, heads=FILE, in
+        JSON: {"heads": [[0, 2], [], ...]}.
       layer: the layer that this is; `for_layer` sets it.
     """
 
@@ -60,8 +62,15 @@ class DuoAttention(Selector):
         super().__post_init__()
         check_at_least("sink", self.sink, 0)
         check_at_least("recent", self.recent, 1)
-        if not isinstance(self.retrieval, numbers.Real) or not 0 <= self.retrieval <= 1:
-            raise ValueError(f"retrieval must be in [0, 1], got {self.retrieval!r}")
+        retrieval = self.retrieval
+        if isinstance(retrieval, bool) or not isinstance(retrieval, numbers.Real) or not 0 <= retrieval <= 1:
+            raise ValueError(f"retrieval must be in [0, 1], got {retrieval!r}")
+
+    @classmethod
+    def from_arguments(cls, *, heads: str | None = None, **arguments):
+        if heads is not None:
+            arguments["heads"] = read_layers("heads", heads, "heads", depth=2)
+        return super().from_arguments(**arguments)
 
     def for_layer(self, layer: int, num_layers: int) -> Selector:
         if layer < self.dense_layers:

@@ -9,10 +9,14 @@ Every key, less the mean key c, is hashed L times to K signs of random projectio
 u_i is the probability that key i is in S, so that numerator and denominator are estimated without bias. First and last
 tokens are always attended, with u = 1.
 
-The paper has (K, L) of (8, 75), (9, 120) and (10, 150), four sinks and a window of 64, and two full layers. It keeps
-hash tables in a CPU's memory and attends there; a step then touches the buckets of the query's hashes alone. There are
-no such tables under jit with static shapes: here every key's hashes, 2 L bytes, lie beside the cache and are compared
-with the query's, which the bytes count. So the method's result is the paper's, its cost is not.
+The paper has (K, L) of (8, 75), (9, 120) and (10, 150), four sinks and a window of 64, and full attention in layers 0
+and 16, of which `dense_layers` can leave out the first alone. It keeps hash tables in a CPU's memory and attends there;
+a step then touches the buckets of the query's hashes alone. There are no such tables under jit with static shapes: here
+every key's hashes, 2 L bytes, lie beside the cache and are compared with the query's, which the bytes count. So the
+method's result is the paper's, its cost is not.
+
+Two details differ from the paper's code: c is the mean of the whole prompt's keys, sinks and window included; and
+tokens that are generated are hashed, and sampled once they leave the window, where the code attends all of them.
 """
 
 import dataclasses

@@ -6,11 +6,13 @@ Keys are cut in m parts of D / m dimensions, and k-means over the prompt's keys 
     S = Top-k of the estimate,  u  sinks  u  window
 
 The products <q_j, centroid> are computed once a step, 2^b m of them, and looked up for every token. The paper has m = 2
-and b = 6 in most tables, sinks and a window besides, and keeps keys and values in a CPU's memory, with a cache of
-blocks on the GPU; new tokens take the codes of the prompt's centroids when they leave the window.
+and b = 6 in most tables; its runs attend a fifth or a tenth of the prompt, of which its code takes half from the
+window, and 32 sinks. It keeps keys and values in a CPU's memory, with a cache of blocks on the GPU; new tokens take the
+codes of the prompt's centroids when they leave the window.
 
 Here k-means takes a fixed number of Lloyd's iterations from keys at even distances in the prompt, in place of a budget
-of time; a part without keys keeps its centroid. Codes are bytes, and nothing is kept off the device.
+of time; a centroid without keys stays where it is. Sinks and window are four and 64 tokens by default. Codes are bytes,
+and nothing is kept off the device.
 """
 
 import dataclasses

@@ -7,7 +7,8 @@ Of m layers whose mean budget is k, beside the W tokens of the observation windo
 because attention spreads over the whole context in the lowest layers, and gathers on few tokens in the highest.
 
 The paper has beta = 20, a window of 8 queries, mean budgets of 64 to 2,048 tokens, and pools votes as SnapKV does.
-Budgets are rounded down here.
+Budgets are rounded down here, and are the same for every prompt: where k_0 is more than the prompt has, the paper's
+code gives what is left over to the higher layers, which the static budgets of a ragged batch do not.
 """
 
 import dataclasses

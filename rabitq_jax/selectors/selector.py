@@ -10,7 +10,7 @@ the same cache; what a method would have evicted is simply not read again.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,9 @@ class Selector:
 
     dense_layers: int = 0
 
+    # What `from_arguments` takes beside fields.
+    _more_arguments: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self):
         check_at_least("dense_layers", self.dense_layers, 0)
 
@@ -98,10 +101,7 @@ class Selector:
         Raises:
           ValueError: an argument is none of this method's, or its value is wrong.
         """
-        names = [field.name for field in dataclasses.fields(cls) if field.init]
-        for name in arguments:
-            if name not in names:
-                raise ValueError(f"{cls.__name__} has no argument {name!r}: it takes {', '.join(sorted(names))}")
+        check_names(cls, arguments, cls._more_arguments)
         return cls(**arguments)
 
     @property
@@ -185,6 +185,8 @@ class ScoringSelector(Selector):
     sink: int = 0
     recent: int = 1
     page: int = dataclasses.field(default=1, init=False)
+
+    _more_arguments: ClassVar[tuple[str, ...]] = ("budget", "top_p")
 
     def __post_init__(self):
         super().__post_init__()
@@ -292,6 +294,15 @@ def set_newest(array: jax.Array, row: jax.Array, cache: "LayerCache") -> jax.Arr
     """An array [B,K,T,...] with the row [B,K,...] of the token that was appended last."""
     sequence = jnp.arange(array.shape[0])
     return array.at[sequence, :, cache.length - 1].set(row.astype(array.dtype))
+
+
+def check_names(cls: type, arguments: dict[str, Any], more: tuple[str, ...] = ()):
+    """Raise ValueError for arguments that are neither fields of a dataclass nor in `more`."""
+    # The layer is not chosen: `for_layer` sets it.
+    names = {field.name for field in dataclasses.fields(cls) if field.init and field.name != "layer"}.union(more)
+    for name in arguments:
+        if name not in names:
+            raise ValueError(f"{cls.__name__} has no argument {name!r}: it takes {', '.join(sorted(names))}")
 
 
 def check_at_least(name: str, value: Any, lowest: int):

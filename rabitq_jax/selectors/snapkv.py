@@ -5,8 +5,8 @@ With A the attention of the prompt's last W queries (the observation window) to 
     votes_i = sum over the window's queries of A_i;   pooled = maxpool(votes, kernel)
     S = Top-k of pooled, k = budget - W,  u  the window  u  all tokens that are generated
 
-The paper pools with kernel 7 over a window of 32 queries, and keeps 1,024 to 4,096 prompt tokens. Generated tokens are
-never dropped, so that the budget is one of the prompt.
+The paper pools by the maximum, with kernel 7 over a window of 32 queries on LongBench, and keeps 1,024 to 4,096 prompt
+tokens; its code can average instead. Generated tokens are never dropped, so that the budget is one of the prompt.
 
 Here the votes of a kv head's query heads are summed, because its cache holds each token once (the paper's models have
 one query head a kv head, or their keys repeated); and after a second prompt all tokens held are voted on anew, those

@@ -7,7 +7,8 @@
 The paper keeps two full layers, selects in layer 2 and once more in a middle layer that it finds by experiment (13 of
 32 for Llama-3-8B), and has budgets of 256 to 4,096 tokens. Each kv head shares with the kv head of its number. Here
 each query head selects for itself and its kv head attends the union; a selection layer reads all keys and values, and a
-sharing layer one byte a token, a mask, where a list would be read in k indices.
+sharing layer one byte a token, a mask, where a list would be read in k indices. What is missing: the paper's correction
+of the cache, which now and then computes the keys and values of generated tokens anew, with full attention.
 """
 
 import dataclasses
@@ -50,7 +51,9 @@ class TidalDecode(ScoringSelector):
         super().__post_init__()
         layers = self.selection_layers
         if not isinstance(layers, tuple) or not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
-            raise ValueError(f"selection_layers must be layers in order, such as (2, 13), got {layers!r}")
+            raise ValueError(
+                f"selection_layers must be layers in order, such as (2, 13), as a text 2/13 or 2/, got {layers!r}"
+            )
         if self.dense_layers > layers[0]:
             raise ValueError(
                 f"dense_layers must be at most the first selection layer {layers[0]}, got {self.dense_layers}"
