@@ -61,12 +61,11 @@ def command(
                 click.echo(summary(row))
 
     if measure_methods is not None:
-        option = click.option(
+        click.option(
             "--method", "methods", multiple=True, metavar="NAME:ARGUMENTS", callback=_read_methods,
             help="Another method, such as quest:page=16,budget=1024; may be repeated; 'all' is one setting of each. "
             "The cache stays the one planted for RaBitQ under --top-p.",
-        )  # fmt: skip
-        option(main)
+        )(main)  # fmt: skip
     return main
 
 

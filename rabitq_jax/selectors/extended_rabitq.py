@@ -7,9 +7,9 @@ The best grid point is found as in the paper: along the ray of |x|, one coordina
 all (2^(B-1) - 1) D points on the way are tried. The sign bits are the highest: codes are planes of bits,
 the first of which is RaBitQ's code.
 
-The paper searches for nearest vectors, with 1 to 9 bits and an exact search among what was found; of its library,
-B = 4, 5 and 7 are recommended for recalls of 90, 95 and 99 % without one. RaBitQCache (arXiv 2606.31519) has B = 1 for
-keys, p of 0.65 to 0.85, and full attention in the first two layers (dense_layers=2).
+The paper searches for nearest vectors; its library finds B = 4, 5 and 7 enough for recalls of about 90, 95 and 99 %
+without an exact search among what was found. RaBitQCache (arXiv 2606.31519) has B = 1; its released code, p of 0.65 to
+0.85 and full attention in the first two layers (dense_layers=2).
 
 Here c_k is the mean of the prompt's keys, as in RaBitQCache, or zero; the query is not quantized, and query centroids
 are zero. RaBitQConfig, which has kernels, is the one-bit method with an INT4 query and centroids of blocks; this one is

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def read_layers(argument: str, file: Any, key: str, depth: int) -> tuple:
-    """The lists at `key`, `depth` deep, as tuples; [] is a list at any depth.
+    """The lists of indices at `key`, `depth` deep, as tuples.
 
     Raises:
       ValueError: there is no such file, or it holds anything else; the message names the argument.
