@@ -1,11 +1,15 @@
-"""Exact attention of one token over a list of cached tokens per kv head, split over the list and combined.
+"""Exact attention of one token over a list of cached tokens per kv head, split evenly over all lists and combined.
 
-    attend    program (kv head, split): an equal run of the list's tiles, whatever its length ->  peak, total, out
-    combine   program (kv head, query head, columns): all splits of a head, rescaled to the largest peak
+    attend    program: an equal run of the tiles of all lists, one after the other ->  a part for each list in it:
+              peak, total, out
+    combine   program (kv head, query head, columns): all parts of a head, rescaled to the largest peak
 
-The query heads of a kv head are the rows of one matrix product, padded to 16. Lists may be empty or hold every token.
+A program that ends one list goes on with the next, so that the work is even however uneven the lists are: program p
+writes its part of list r to place p + r, of which no two are the same. The query heads of a kv head are the rows of one
+matrix product, padded to 16. Lists may be empty or hold every token.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -18,61 +22,142 @@ LEAST_ROWS = 16
 TILE = 64
 PROGRAMS = 512
 LOWEST = -1e30
-COMBINED_COLUMNS = 32
+COMBINED_COLUMNS, COMBINED_PARTS = 32, 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Split:
+    """Which program attends which tiles of R lists, numbered one list after the other.
+
+    Attributes:
+      row: int32 [power of two], numbers of lists; counts, ends: their tokens, and where the tiles of each end.
+      each, more: tiles of a program; the first `more` programs have one more.
+    """
+
+    row: jax.Array
+    counts: jax.Array
+    ends: jax.Array
+    each: jax.Array
+    more: jax.Array
+
+    @classmethod
+    def of(cls, counts_ref, tile: int, programs: int) -> "_Split":
+        rows = counts_ref.shape[0]
+        row = jnp.arange(_pallas.power_of_two(rows), dtype=jnp.int32)
+        counts = _pallas.load_masked(counts_ref, (row,), row < rows)
+        tiles = pl.cdiv(counts, tile)
+        total = jnp.sum(tiles)
+        return cls(row=row, counts=counts, ends=jnp.cumsum(tiles), each=total // programs, more=total % programs)
+
+    def start(self, program):
+        """First tile of a program."""
+        return program * self.each + jnp.minimum(program, self.more)
+
+    def program(self, tile):
+        """The program that attends a tile."""
+        longer = self.more * (self.each + 1)
+        behind = self.more + (tile - longer) // jnp.maximum(self.each, 1)
+        return jnp.where(tile < longer, tile // (self.each + 1), behind)
+
+    def row_of(self, tile):
+        """The list that a tile belongs to."""
+        return jnp.sum((self.ends <= tile).astype(jnp.int32))
+
+    def tiles_of(self, row):
+        """The first tile of a list, and the one behind its last."""
+        before = jnp.max(jnp.where(self.row < row, self.ends, 0))
+        return before, jnp.maximum(before, self._at(row, self.ends))
+
+    def count(self, row):
+        return self._at(row, self.counts)
+
+    def _at(self, row, numbers):
+        return jnp.sum(jnp.where(self.row == row, numbers, 0))
 
 
 def _attend_kernel(
-    count_ref, query_ref, keys_ref, values_ref, indices_ref, peak_ref, total_ref, out_ref, logits_ref=None,
-    *, splits, tile, softmax_scale,
+    counts_ref, query_ref, keys_ref, values_ref, indices_ref, peak_ref, total_ref, out_ref, logits_ref=None,
+    *, programs, tile, softmax_scale,
 ):  # fmt: skip
-    """count [], query [G,D], keys and values [T,D], indices [S] -> peak and total [M], out [M,Dp] of this split; and,
-    if asked for, the logits [G,S] of the list's tokens."""
-    head_dim = keys_ref.shape[1]
-    rows, columns = product_shape(*query_ref.shape)
-    count = count_ref[...]
-    tiles = pl.cdiv(count, tile)
-    split = pl.program_id(1)
-    first, stop = split * tiles // splits, (split + 1) * tiles // splits
-    query = load_query(query_ref, keys_ref.dtype)
+    """counts [R], query [R,G,D], keys and values [R,T,D], indices [R,S] -> peak and total [N,M], out [N,M,Dp] of the
+    parts, N = programs + R; and, if asked for, the logits [R,G,S] of the lists' tokens."""
+    group, head_dim = query_ref.shape[1:]
+    rows, columns = product_shape(group, head_dim)
+    split = _Split.of(counts_ref, tile, programs)
+    program = pl.program_id(0)
+    start, stop = split.start(program), split.start(program + 1)
     dim = jax.lax.broadcasted_iota(jnp.int32, (tile, columns), 1)
 
-    def load_rows(ref, index, valid):
-        at = (index[:, None] + 0 * dim, dim)
+    def load_rows(ref, head, index, valid):
+        at = (head + 0 * dim, index[:, None] + 0 * dim, dim)
         return _pallas.load_masked(ref, at, valid[:, None] & (dim < head_dim))
 
-    def attend_tile(i, state):
+    def attend_list(head, _):
+        query = load_query(query_ref, keys_ref.dtype, head)
+        count = split.count(head)
+        first, last = split.tiles_of(head)
+
+        def attend_tile(i, state):
+            peak, total, out = state
+            slot = i * tile + jnp.arange(tile, dtype=jnp.int32)
+            valid = slot < count
+            index = _pallas.load_masked(indices_ref, (head + 0 * slot, slot), valid)
+            logits = softmax_scale * _pallas.dot(query, load_rows(keys_ref, head, index, valid).T)
+            # Minus infinity comes from a key or query that is not finite, and would pass as a token without weight.
+            logits = jnp.where(valid[None, :], jnp.where(logits == -jnp.inf, jnp.nan, logits), LOWEST)
+            if logits_ref is not None:
+                row, column = (jax.lax.broadcasted_iota(jnp.int32, (rows, tile), axis) for axis in (0, 1))
+                listed = (row < group) & valid[None, :]
+                _pallas.store_masked(logits_ref, (head + 0 * row, row, i * tile + column), logits, listed)
+            new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
+            decay = jnp.exp(peak - new_peak)
+            weights = jnp.where(valid[None, :], jnp.exp(logits - new_peak[:, None]), 0.0)
+            values = load_rows(values_ref, head, index, valid)
+            out = out * decay[:, None] + _pallas.dot(weights.astype(values.dtype), values)
+            return new_peak, total * decay + jnp.sum(weights, axis=1), out
+
+        state = (
+            jnp.full((rows,), LOWEST, jnp.float32),
+            jnp.zeros((rows,), jnp.float32),
+            jnp.zeros((rows, columns), jnp.float32),
+        )
+        tiles = jnp.maximum(start, first) - first, jnp.minimum(stop, last) - first
+        peak, total, out = jax.lax.fori_loop(*tiles, attend_tile, state)
+        place = program + head
+        peak_ref[place, :], total_ref[place, :], out_ref[place, :, :] = peak, total, out
+
+    first, last = split.row_of(start), split.row_of(stop - 1)
+    jax.lax.fori_loop(first, jnp.where(start < stop, last + 1, first), attend_list, None)
+
+
+def _combine_kernel(counts_ref, peak_ref, total_ref, partial_ref, out_ref, *, programs, tile):
+    """counts [R], peak and total [N,M], partial [N,M,Dp] -> out [C], some columns of a query head; zero if its list is
+    empty."""
+    head, row, some = (pl.program_id(axis) for axis in range(3))
+    split = _Split.of(counts_ref, tile, programs)
+    first_tile, last_tile = split.tiles_of(head)
+    first = split.program(first_tile)
+    # The parts of an empty list were not written.
+    parts = jnp.where(first_tile < last_tile, split.program(last_tile - 1) - first + 1, 0)
+    columns = out_ref.shape[0]
+    part = jnp.arange(COMBINED_PARTS, dtype=jnp.int32)
+    column = some * columns + jax.lax.broadcasted_iota(jnp.int32, (COMBINED_PARTS, columns), 1)
+
+    def add(i, state):
         peak, total, out = state
-        slot = i * tile + jnp.arange(tile, dtype=jnp.int32)
-        valid = slot < count
-        index = _pallas.load_masked(indices_ref, (slot,), valid)
-        logits = softmax_scale * _pallas.dot(query, load_rows(keys_ref, index, valid).T)
-        # Minus infinity comes from a key or query that is not finite, and would pass as a token without weight.
-        logits = jnp.where(valid[None, :], jnp.where(logits == -jnp.inf, jnp.nan, logits), LOWEST)
-        if logits_ref is not None:
-            row, column = (jax.lax.broadcasted_iota(jnp.int32, (rows, tile), axis) for axis in (0, 1))
-            listed = (row < query_ref.shape[0]) & valid[None, :]
-            _pallas.store_masked(logits_ref, (row, i * tile + column), logits, listed)
-        new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
-        decay = jnp.exp(peak - new_peak)
-        weights = jnp.where(valid[None, :], jnp.exp(logits - new_peak[:, None]), 0.0)
-        values = load_rows(values_ref, index, valid)
-        out = out * decay[:, None] + _pallas.dot(weights.astype(values.dtype), values)
-        return new_peak, total * decay + jnp.sum(weights, axis=1), out
+        valid = i * COMBINED_PARTS + part < parts
+        place = head + first + i * COMBINED_PARTS + part
+        peaks = _pallas.load_masked(peak_ref, (place, row + 0 * part), valid, LOWEST)
+        totals = _pallas.load_masked(total_ref, (place, row + 0 * part), valid)
+        at = (place[:, None] + 0 * column, row + 0 * column, column)
+        partial = _pallas.load_masked(partial_ref, at, jnp.broadcast_to(valid[:, None], column.shape))
+        new_peak = jnp.maximum(peak, jnp.max(peaks))
+        decay, weight = jnp.exp(peak - new_peak), jnp.exp(peaks - new_peak)
+        out = out * decay + jnp.sum(weight[:, None] * partial, axis=0)
+        return new_peak, total * decay + jnp.sum(weight * totals), out
 
-    state = (
-        jnp.full((rows,), LOWEST, jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
-        jnp.zeros((rows, columns), jnp.float32),
-    )
-    peak_ref[...], total_ref[...], out_ref[...] = jax.lax.fori_loop(first, stop, attend_tile, state)
-
-
-def _combine_kernel(peak_ref, total_ref, partial_ref, out_ref):
-    """peak and total [splits], partial [splits,C] -> out [C], some columns; zero if every split was empty."""
-    peak = peak_ref[...]
-    weight = jnp.exp(peak - jnp.max(peak))
-    total = jnp.sum(weight * total_ref[...])
-    out = jnp.sum(weight[:, None] * partial_ref[...], axis=0)
+    state = jnp.float32(LOWEST), jnp.float32(0), jnp.zeros((columns,), jnp.float32)
+    _, total, out = jax.lax.fori_loop(0, pl.cdiv(parts, COMBINED_PARTS), add, state)
     out_ref[...] = jnp.where(total == 0, 0.0, out / total).astype(out_ref.dtype)
 
 
@@ -81,12 +166,13 @@ def product_shape(group, head_dim):
     return tuple(max(LEAST_ROWS, _pallas.power_of_two(size)) for size in (group, head_dim))
 
 
-def load_query(query_ref, dtype):
-    """Queries [G,D] as the rows of a product, zeros behind them."""
-    group, head_dim = query_ref.shape
+def load_query(query_ref, dtype, *kv_head):
+    """Queries [G,D], or those of a kv head in [R,G,D], as the rows of a product, zeros behind them."""
+    group, head_dim = query_ref.shape[-2:]
     shape = product_shape(group, head_dim)
     row, dim = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    return _pallas.load_masked(query_ref, (row, dim), (row < group) & (dim < head_dim)).astype(dtype)
+    at = (*(index + 0 * row for index in kv_head), row, dim)
+    return _pallas.load_masked(query_ref, at, (row < group) & (dim < head_dim)).astype(dtype)
 
 
 def gathered_attention(query, keys, values, indices, counts, *, softmax_scale, dtype):
@@ -107,39 +193,35 @@ def _attend(query, keys, values, indices, counts, *, softmax_scale, dtype, with_
     rows, columns = product_shape(group, head_dim)
     # A tile's keys and values must fit into shared memory, where float32 takes three times the room (see _pallas.dot).
     tile = _pallas.block_of(indices.shape[-1], TILE if columns * keys.dtype.itemsize <= 512 else TILE // 2)
-    splits = min(_pallas.power_of_two(pl.cdiv(PROGRAMS, heads)), _pallas.power_of_two(indices.shape[-1] // tile))
-
-    def head(shape):
-        return pl.BlockSpec((None, None, *shape), lambda row, i: (row // kv_heads, row % kv_heads, *(0,) * len(shape)))
-
-    def part(*shape):
-        return pl.BlockSpec((None, None, *shape), lambda row, i: (row, i, *(0,) * len(shape)))
-
-    logits_shape = [jax.ShapeDtypeStruct((batch, kv_heads, group, indices.shape[-1]), jnp.float32)] * with_logits
+    lists = [x.reshape(heads, *x.shape[2:]) for x in (counts, query, keys, values, indices)]
+    programs = min(PROGRAMS, heads * (indices.shape[-1] // tile))
+    parts = programs + heads
+    logits_shape = [jax.ShapeDtypeStruct((heads, group, indices.shape[-1]), jnp.float32)] * with_logits
     peak, total, partial, *logits = _pallas.call(
-        functools.partial(_attend_kernel, splits=splits, tile=tile, softmax_scale=softmax_scale),
+        functools.partial(_attend_kernel, programs=programs, tile=tile, softmax_scale=softmax_scale),
         name="gathered_attention",
-        grid=(heads, splits),
-        in_specs=[head(x.shape[2:]) for x in (counts, query, keys, values, indices)],
-        out_specs=[part(rows), part(rows), part(rows, columns)] + [head(x.shape[2:]) for x in logits_shape],
+        grid=(programs,),
         out_shape=[
-            jax.ShapeDtypeStruct((heads, splits, rows), jnp.float32),
-            jax.ShapeDtypeStruct((heads, splits, rows), jnp.float32),
-            jax.ShapeDtypeStruct((heads, splits, rows, columns), jnp.float32),
+            jax.ShapeDtypeStruct((parts, rows), jnp.float32),
+            jax.ShapeDtypeStruct((parts, rows), jnp.float32),
+            jax.ShapeDtypeStruct((parts, rows, columns), jnp.float32),
             *logits_shape,
         ],
-    )(counts, query, keys, values, indices)
+    )(*lists)
 
     some = min(columns, COMBINED_COLUMNS)
-    one_row = pl.BlockSpec((None, splits, None), lambda row, g, part: (row, 0, g))
-    some_columns = pl.BlockSpec((None, splits, None, some), lambda row, g, part: (row, 0, g, part))
-
     out = _pallas.call(
-        _combine_kernel,
-        name="combine_splits",
+        functools.partial(_combine_kernel, programs=programs, tile=tile),
+        name="combine_parts",
         grid=(heads, group, columns // some),
-        in_specs=[one_row, one_row, some_columns],
+        in_specs=[pl.BlockSpec(x.shape, functools.partial(_origin, x.ndim)) for x in (lists[0], peak, total, partial)],
         out_specs=pl.BlockSpec((None, None, some), lambda row, g, part: (row, g, part)),
         out_shape=jax.ShapeDtypeStruct((heads, group, columns), dtype),
-    )(peak, total, partial)
-    return (out.reshape(batch, kv_heads, group, columns)[..., :head_dim], *logits)
+    )(lists[0], peak, total, partial)
+    shape = (batch, kv_heads, group)
+    return (out.reshape(*shape, columns)[..., :head_dim], *(x.reshape(*shape, -1) for x in logits))
+
+
+def _origin(dimensions: int, *_):
+    """The block of an array that is taken whole."""
+    return (0,) * dimensions

@@ -63,7 +63,7 @@ def test_gathered_attention_lowers(shape, dtype, monkeypatch):
     indices, counts = array(*rows, shape.tokens, dtype=jnp.int32), array(*rows, dtype=jnp.int32)
     query = array(*rows, shape.group, shape.head_dim, dtype=dtype)
     text = kernel_text(monkeypatch, attend, query, kv, kv, indices, counts)
-    assert "gathered_attention" in text and "combine_splits" in text
+    assert "gathered_attention" in text and "combine_parts" in text
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
