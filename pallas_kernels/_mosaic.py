@@ -262,6 +262,12 @@ def add_global_pair(at, low, high) -> None:
     ptx(text, [at, low, high], effects=True)
 
 
+def add_global_wide(at, x) -> None:
+    """Add x to a 64-bit word of global memory; atomic."""
+    text = "{ .reg .pred p; .reg .b64 w; setp.ne.s32 p, $1, 0; cvt.u64.u32 w, $1; @p red.global.add.u64 [$0], w; }"
+    ptx(text, [at, x], effects=True)
+
+
 def max_global(at, x) -> None:
     """Raise an unsigned word of global memory to x; atomic."""
     ptx("red.global.max.u32 [$0], $1;", [at, x], effects=True)
@@ -326,6 +332,15 @@ def exp2(x) -> ir.Value:
     return ptx("ex2.approx.ftz.f32 $0, $1;", [x], "f")[0]
 
 
+def log2(x) -> ir.Value:
+    """The logarithm, to 2^-22."""
+    return ptx("lg2.approx.ftz.f32 $0, $1;", [x], "f")[0]
+
+
+def square_root(x) -> ir.Value:
+    return ptx("sqrt.approx.ftz.f32 $0, $1;", [x], "f")[0]
+
+
 def fma(a, b, c) -> ir.Value:
     """a b + c in f32, rounded once."""
     return ptx("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], "f")[0]
@@ -347,6 +362,15 @@ def when(condition, body) -> None:
     with ir.InsertionPoint(branch.then_block):
         body()
         scf.yield_([])
+
+
+def choose(condition, body, other) -> ir.Value:
+    """The i32 that `body()` gives where the condition holds, and `other()` elsewhere."""
+    branch = scf.IfOp(condition, [i32()], has_else=True)
+    for block, run in ((branch.then_block, body), (branch.else_block, other)):
+        with ir.InsertionPoint(block):
+            scf.yield_([run()])
+    return branch.results[0]
 
 
 def loop(count, carried, body) -> list[ir.Value]:

@@ -75,14 +75,20 @@ class _Split:
         return jnp.sum(jnp.where(self.row == row, numbers, 0))
 
 
-def _attend_kernel(
-    counts_ref, query_ref, keys_ref, values_ref, indices_ref, peak_ref, total_ref, out_ref, logits_ref=None,
-    *, programs, tile, softmax_scale,
+def attend_lists(
+    counts_ref, query_ref, keys_ref, values_ref, indices_ref, peak_ref, total_ref, out_ref,
+    *, programs, tile, softmax_scale, observe=None,
 ):  # fmt: skip
     """counts [R], query [R,G,D], keys and values [R,T,D], indices [R,S] -> peak and total [N,M], out [N,M,Dp] of the
-    parts, N = programs + R; and, if asked for, the logits [R,G,S] of the lists' tokens."""
+    parts, N = programs + R.
+
+    Args:
+      observe: of a list, what else to add up over its tokens, as an object: `start`, a tuple; `add(sums, logits
+        [H,tile], tokens [tile], valid [tile])`, the next; `store(place, sums)`, of the part. H is G as a power of two.
+    """
     group, head_dim = query_ref.shape[1:]
     rows, columns = product_shape(group, head_dim)
+    heads, spread = spread_of(group)
     split = _Split.of(counts_ref, tile, programs)
     program = pl.program_id(0)
     start, stop = split.start(program), split.start(program + 1)
@@ -93,28 +99,28 @@ def _attend_kernel(
         return _pallas.load_masked(ref, at, valid[:, None] & (dim < head_dim))
 
     def attend_list(head, _):
-        query = load_query(query_ref, keys_ref.dtype, head)
+        query = load_query(query_ref, keys_ref.dtype, head, spread=spread)
         count = split.count(head)
         first, last = split.tiles_of(head)
+        observer = observe and observe(head)
 
         def attend_tile(i, state):
-            peak, total, out = state
+            (peak, total, out), sums = state
             slot = i * tile + jnp.arange(tile, dtype=jnp.int32)
             valid = slot < count
             index = _pallas.load_masked(indices_ref, (head + 0 * slot, slot), valid)
             logits = softmax_scale * _pallas.dot(query, load_rows(keys_ref, head, index, valid).T)
+            if observer:
+                of_heads = logits if spread == 1 else jnp.sum(logits.reshape(heads, spread, tile), axis=1)
+                sums = observer.add(sums, of_heads, index, valid)
             # Minus infinity comes from a key or query that is not finite, and would pass as a token without weight.
             logits = jnp.where(valid[None, :], jnp.where(logits == -jnp.inf, jnp.nan, logits), LOWEST)
-            if logits_ref is not None:
-                row, column = (jax.lax.broadcasted_iota(jnp.int32, (rows, tile), axis) for axis in (0, 1))
-                listed = (row < group) & valid[None, :]
-                _pallas.store_masked(logits_ref, (head + 0 * row, row, i * tile + column), logits, listed)
             new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
             decay = jnp.exp(peak - new_peak)
             weights = jnp.where(valid[None, :], jnp.exp(logits - new_peak[:, None]), 0.0)
             values = load_rows(values_ref, head, index, valid)
             out = out * decay[:, None] + _pallas.dot(weights.astype(values.dtype), values)
-            return new_peak, total * decay + jnp.sum(weights, axis=1), out
+            return (new_peak, total * decay + jnp.sum(weights, axis=1), out), sums
 
         state = (
             jnp.full((rows,), LOWEST, jnp.float32),
@@ -122,18 +128,23 @@ def _attend_kernel(
             jnp.zeros((rows, columns), jnp.float32),
         )
         tiles = jnp.maximum(start, first) - first, jnp.minimum(stop, last) - first
-        peak, total, out = jax.lax.fori_loop(*tiles, attend_tile, state)
+        sums = observer.start if observer else ()
+        (peak, total, out), sums = jax.lax.fori_loop(*tiles, attend_tile, (state, sums))
         place = program + head
         peak_ref[place, :], total_ref[place, :], out_ref[place, :, :] = peak, total, out
+        if observer:
+            observer.store(place, sums)
 
     first, last = split.row_of(start), split.row_of(stop - 1)
     jax.lax.fori_loop(first, jnp.where(start < stop, last + 1, first), attend_list, None)
 
 
-def _combine_kernel(counts_ref, peak_ref, total_ref, partial_ref, out_ref, *, programs, tile):
-    """counts [R], peak and total [N,M], partial [N,M,Dp] -> out [C], some columns of a query head; zero if its list is
-    empty."""
-    head, row, some = (pl.program_id(axis) for axis in range(3))
+def _combine_kernel(counts_ref, peak_ref, total_ref, partial_ref, *refs, programs, tile, group):
+    """counts [R], peak and total [N,M], partial [N,M,Dp], and sums [N,J,H] if there are any -> out [C], some columns of
+    a query head, zero if its list is empty; and the head's sums [J]."""
+    head, query_head, some = (pl.program_id(axis) for axis in range(3))
+    row = query_head * spread_of(group)[1]
+    out_ref = refs[-1] if len(refs) == 1 else refs[1]
     split = _Split.of(counts_ref, tile, programs)
     first_tile, last_tile = split.tiles_of(head)
     first = split.program(first_tile)
@@ -159,6 +170,22 @@ def _combine_kernel(counts_ref, peak_ref, total_ref, partial_ref, out_ref, *, pr
     state = jnp.float32(LOWEST), jnp.float32(0), jnp.zeros((columns,), jnp.float32)
     _, total, out = jax.lax.fori_loop(0, pl.cdiv(parts, COMBINED_PARTS), add, state)
     out_ref[...] = jnp.where(total == 0, 0.0, out / total).astype(out_ref.dtype)
+    if len(refs) == 1:
+        return
+
+    @pl.when(some == 0)
+    def _():
+        partial_ref, _, sums_ref = refs
+        kinds = sums_ref.shape[0]
+        kind = jax.lax.broadcasted_iota(jnp.int32, (COMBINED_PARTS, kinds), 1)
+
+        def add(i, sums):
+            place = i * COMBINED_PARTS + part
+            valid = jnp.broadcast_to((place < parts)[:, None], kind.shape)
+            at = ((head + first + place)[:, None] + 0 * kind, kind, query_head + 0 * kind)
+            return sums + jnp.sum(_pallas.load_masked(partial_ref, at, valid), axis=0)
+
+        sums_ref[...] = jax.lax.fori_loop(0, pl.cdiv(parts, COMBINED_PARTS), add, jnp.zeros((kinds,), jnp.float32))
 
 
 def product_shape(group, head_dim):
@@ -166,60 +193,77 @@ def product_shape(group, head_dim):
     return tuple(max(LEAST_ROWS, _pallas.power_of_two(size)) for size in (group, head_dim))
 
 
-def load_query(query_ref, dtype, *kv_head):
-    """Queries [G,D], or those of a kv head in [R,G,D], as the rows of a product, zeros behind them."""
+def spread_of(group):
+    """Query heads as a power of two, and how many rows of a product lie between one and the next: so they can be
+    gathered to fewer rows by a sum."""
+    heads = _pallas.power_of_two(group)
+    return heads, max(1, LEAST_ROWS // heads)
+
+
+def load_query(query_ref, dtype, *kv_head, spread=1):
+    """Queries [G,D], or those of a kv head in [R,G,D], as every `spread`-th row of a product, zeros between them."""
     group, head_dim = query_ref.shape[-2:]
-    shape = product_shape(group, head_dim)
-    row, dim = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    at = (*(index + 0 * row for index in kv_head), row, dim)
-    return _pallas.load_masked(query_ref, at, (row < group) & (dim < head_dim)).astype(dtype)
+    row, dim = (jax.lax.broadcasted_iota(jnp.int32, product_shape(group, head_dim), axis) for axis in (0, 1))
+    head = row // spread
+    at = (*(index + 0 * row for index in kv_head), head, dim)
+    real = (head * spread == row) & (head < group) & (dim < head_dim)
+    return _pallas.load_masked(query_ref, at, real).astype(dtype)
 
 
 def gathered_attention(query, keys, values, indices, counts, *, softmax_scale, dtype):
     """`rabitq_jax.gathered_attention.gathered_attention_reference`."""
-    return _attend(query, keys, values, indices, counts, softmax_scale=softmax_scale, dtype=dtype, with_logits=False)[0]
+    lists = query, keys, values, indices, counts
+    return attend_and_combine(attend_lists, lists, name="gathered_attention", softmax_scale=softmax_scale, dtype=dtype)
 
 
-def gathered_attention_and_logits(query, keys, values, indices, counts, *, softmax_scale):
-    """`gathered_attention`, and the listed tokens' logits in the list's order, float32 [B,K,G,S]."""
-    return _attend(
-        query, keys, values, indices, counts, softmax_scale=softmax_scale, dtype=jnp.float32, with_logits=True
-    )
+def attend_and_combine(kernel, lists, others=(), *, name, softmax_scale, dtype, kinds=0):
+    """Attention over lists, and sums over their tokens.
 
+    Args:
+      kernel: `attend_lists`, or one that adds up as well: of its references those of `others`, whole, follow the lists'
+        own, and that of the parts' sums [N,kinds,H] comes last.
+      lists: query [B,K,G,D], keys, values, indices and counts, as in `gathered_attention`.
+      others: arrays.
 
-def _attend(query, keys, values, indices, counts, *, softmax_scale, dtype, with_logits):
+    Returns:
+      Output [B,K,G,D]; and, if there are kinds of sums, these too: float32 [B,K,G,kinds].
+    """
+    query, keys, values, indices, counts = lists
     batch, kv_heads, group, head_dim = query.shape
     heads = batch * kv_heads
     rows, columns = product_shape(group, head_dim)
     # A tile's keys and values must fit into shared memory, where float32 takes three times the room (see _pallas.dot).
     tile = _pallas.block_of(indices.shape[-1], TILE if columns * keys.dtype.itemsize <= 512 else TILE // 2)
-    lists = [x.reshape(heads, *x.shape[2:]) for x in (counts, query, keys, values, indices)]
+    flat = [x.reshape(heads, *x.shape[2:]) for x in (counts, query, keys, values, indices)]
     programs = min(PROGRAMS, heads * (indices.shape[-1] // tile))
     parts = programs + heads
-    logits_shape = [jax.ShapeDtypeStruct((heads, group, indices.shape[-1]), jnp.float32)] * with_logits
-    peak, total, partial, *logits = _pallas.call(
-        functools.partial(_attend_kernel, programs=programs, tile=tile, softmax_scale=softmax_scale),
-        name="gathered_attention",
+    sums_shape = [(parts, kinds, spread_of(group)[0])] if kinds else []
+    partial = _pallas.call(
+        functools.partial(kernel, programs=programs, tile=tile, softmax_scale=softmax_scale),
+        name=name,
         grid=(programs,),
         out_shape=[
-            jax.ShapeDtypeStruct((parts, rows), jnp.float32),
-            jax.ShapeDtypeStruct((parts, rows), jnp.float32),
-            jax.ShapeDtypeStruct((parts, rows, columns), jnp.float32),
-            *logits_shape,
+            jax.ShapeDtypeStruct(shape, jnp.float32)
+            for shape in ((parts, rows), (parts, rows), (parts, rows, columns), *sums_shape)
         ],
-    )(*lists)
+    )(*flat, *others)
 
     some = min(columns, COMBINED_COLUMNS)
-    out = _pallas.call(
-        functools.partial(_combine_kernel, programs=programs, tile=tile),
+    out = [pl.BlockSpec((None, None, some), lambda row, g, part: (row, g, part))]
+    out_shape = [jax.ShapeDtypeStruct((heads, group, columns), dtype)]
+    if kinds:
+        out.append(pl.BlockSpec((None, None, kinds), lambda row, g, part: (row, g, 0)))
+        out_shape.append(jax.ShapeDtypeStruct((heads, group, kinds), jnp.float32))
+    out, *sums = _pallas.call(
+        functools.partial(_combine_kernel, programs=programs, tile=tile, group=group),
         name="combine_parts",
         grid=(heads, group, columns // some),
-        in_specs=[pl.BlockSpec(x.shape, functools.partial(_origin, x.ndim)) for x in (lists[0], peak, total, partial)],
-        out_specs=pl.BlockSpec((None, None, some), lambda row, g, part: (row, g, part)),
-        out_shape=jax.ShapeDtypeStruct((heads, group, columns), dtype),
-    )(lists[0], peak, total, partial)
-    shape = (batch, kv_heads, group)
-    return (out.reshape(*shape, columns)[..., :head_dim], *(x.reshape(*shape, -1) for x in logits))
+        in_specs=[pl.BlockSpec(x.shape, functools.partial(_origin, x.ndim)) for x in (flat[0], *partial)],
+        out_specs=out,
+        out_shape=out_shape,
+    )(flat[0], *partial)
+    out, *sums = (x.reshape(batch, kv_heads, group, -1) for x in (out, *sums))
+    return (out[..., :head_dim], *sums) if kinds else out[..., :head_dim]
 
 
 def _origin(dimensions: int, *_):

@@ -16,7 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from rabitq_jax.codes import Int4Query, KeyCodes
+from rabitq_jax.codes import KeyCodes
 from rabitq_jax.config import QueryRounding
 
 SIGN_COSINE2 = 2 / math.pi
@@ -24,12 +24,13 @@ ROUNDING_VARIANCE = {"random": 1 / 6, "nearest": 1 / 12}
 
 
 def noise_gain(
-    query: jax.Array, quantized: Int4Query, codes: KeyCodes, *, softmax_scale: float, rounding: QueryRounding
+    query: jax.Array, step: jax.Array, codes: KeyCodes, *, softmax_scale: float, rounding: QueryRounding
 ) -> jax.Array:
     """`noise` of equation (2).
 
     Args:
-      query: [B,K,G,D], exact, and the same in INT4.
+      query: [B,K,G,D], exact.
+      step: float32 [B,K,G], of the same in INT4 (`Int4Query.step`).
       codes: whose rotation and query centroid the estimates are made with.
       softmax_scale: factor from <q, k> to a logit.
       rounding: how the query was rounded.
@@ -43,7 +44,7 @@ def noise_gain(
         centred = centred - codes.query_centroid[:, :, None]
     cosine2 = SIGN_COSINE2 + (1 - SIGN_COSINE2) / size
     of_signs = (1 - cosine2) / (size - 1) * jnp.sum(centred * centred, axis=-1)
-    of_rounding = ROUNDING_VARIANCE[rounding] * quantized.step**2
+    of_rounding = ROUNDING_VARIANCE[rounding] * step**2
     return softmax_scale * jnp.sqrt(size * (of_signs + of_rounding))
 
 

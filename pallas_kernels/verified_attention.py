@@ -1,0 +1,177 @@
+"""Gathered attention that adds up, in the same pass, what its exact logits say of the tokens outside the lists.
+
+    attend    program: tiles of lists, as in gathered_attention.py; and of each tile's tokens the terms below
+    combine   program (kv head, query head, columns): the parts of a head
+
+A token's estimate comes as a float32 score, or as the byte of `mosaic_score_bins`: its place in the bin is then taken
+to be the middle, and a threshold is a bin's edge. The equations are those of rabitq_jax/certificate.py; the normal
+distribution's logarithm is Numerical Recipes' Chebyshev fit of erfc (relative error below 1.2e-7), since Triton has no
+erfc.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax.numpy as jnp
+
+from pallas_kernels import _pallas
+from pallas_kernels.debiased_mass import deviation
+from pallas_kernels.gathered_attention import attend_and_combine, attend_lists, spread_of
+from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT
+
+# Sums over the list's tokens that a query head found itself, but for the first two; see `verified_attention`.
+KINDS = 8
+ERFC = (
+    -1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398, 1.48851587, -0.82215223,
+    0.17087277,
+)  # fmt: skip
+
+
+def log_normal_cdf(x):
+    """log Phi(x), float32."""
+    z = jnp.abs(x) * math.sqrt(0.5)
+    t = 1 / (1 + 0.5 * z)
+    fit = jnp.full_like(t, ERFC[-1])
+    for coefficient in ERFC[-2::-1]:
+        fit = fit * t + coefficient
+    log_tail = jnp.log(0.5 * t) - z * z + fit
+    return jnp.where(x < 0, log_tail, jnp.log1p(-jnp.exp(log_tail)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Constants:
+    kv_heads: int
+    sink: int
+    deviations: float
+    least_deviation: float
+    far: float
+    largest_log: float
+
+
+def _kernel(
+    counts_ref, query_ref, keys_ref, values_ref, indices_ref, quantized_ref, limits_ref, scale_ref, estimates_ref,
+    peak_ref, total_ref, out_ref, sums_ref, *, constants: _Constants, tile, **sizes,
+):  # fmt: skip
+    """Of the lists, see `attend_lists`; quantized [B], limits [R,G,J], scale [R,T], estimates [R,G,T] of scores or
+    [R,G,T/4] of bins -> sums [N,KINDS,H] of the parts."""
+
+    def observe(head):
+        return _Found(constants, head, quantized_ref, limits_ref, scale_ref, estimates_ref, sums_ref, tile)
+
+    lists = counts_ref, query_ref, keys_ref, values_ref, indices_ref, peak_ref, total_ref, out_ref
+    attend_lists(*lists, observe=observe, tile=tile, **sizes)
+
+
+class _Found:
+    """Sums over the tokens that a kv head's query heads found, each its own."""
+
+    def __init__(
+        self, constants: _Constants, head, quantized_ref, limits_ref, scale_ref, estimates_ref, sums_ref, tile
+    ):
+        self.constants, self.head = constants, head
+        self.scale_ref, self.estimates_ref, self.sums_ref = scale_ref, estimates_ref, sums_ref
+        self.group = estimates_ref.shape[1]
+        self.row = jnp.arange(spread_of(self.group)[0], dtype=jnp.int32)
+        self.start = (jnp.zeros((self.row.shape[0], tile), jnp.float32),) * KINDS
+        self.quantized = quantized_ref[head // constants.kv_heads]
+        number = 4 if estimates_ref.dtype == jnp.float32 else 5
+        self.noise, self.peak, *self.limits = (self._limit(limits_ref, i) for i in range(number))
+
+    def _limit(self, limits_ref, i):
+        at = (self.head + 0 * self.row, self.row, i + 0 * self.row)
+        return _pallas.load_masked(limits_ref, at, self.row < self.group)[:, None]
+
+    def add(self, sums, true, token, valid):
+        """The sums with those of a tile: exact logits [H,tile] of tokens [tile]."""
+        constants = self.constants
+        scale = _pallas.load_masked(self.scale_ref, (self.head + 0 * token, token), valid)
+        sd = deviation(self.noise, scale[None, :], constants.least_deviation)
+        valid = valid[None, :] & (self.row < self.group)[:, None]
+        noisy, threshold, bulk = self._estimate(token, scale, sd, valid)
+        scored = valid & ((token >= constants.sink) & (token < self.quantized))[None, :]
+        found = scored & ~((noisy < threshold) & (noisy > -jnp.inf))
+
+        x = true - self.peak
+        weight = jnp.exp(jnp.minimum(x, constants.largest_log))
+        tau = jnp.clip((threshold - true) / sd, -2 * constants.far, 2 * constants.far)
+        log_found = log_normal_cdf(-tau)
+        log_h0, log_h1, log_h2 = (log_normal_cdf(tau - j * sd) - log_found for j in range(3))
+        missed = jnp.exp(x + log_h0) - jnp.exp(x + log_h1)
+        spread = jnp.exp(2 * x + log_h0) - 2 * jnp.exp(2 * x + log_h1) + jnp.exp(2 * x + sd * sd + log_h2)
+        near = found & (tau > -constants.far)
+        hazard = jnp.exp(-0.5 * tau * tau - log_found) * (1 / math.sqrt(2 * math.pi))
+        sure = near & (tau < 0.5) & (noisy < jnp.inf)
+        below = found & (noisy - sd * sd < bulk)
+        terms = (
+            jnp.where(valid, weight, 0.0),
+            jnp.where(found | (valid & ~scored), weight, 0.0),
+            jnp.where(near, missed, 0.0),
+            jnp.where(near, missed * missed + jnp.maximum(spread, 0.0), 0.0),
+            jnp.where(sure, 1 + tau * hazard - hazard * hazard, 0.0),
+            jnp.where(sure, (noisy - true) / sd - hazard, 0.0),
+            jnp.where(below, jnp.exp(noisy - 0.5 * sd * sd - self.peak), 0.0),
+            jnp.where(found, 1.0, 0.0),
+        )
+        return tuple(old + term for old, term in zip(sums, terms, strict=True))
+
+    def _estimate(self, token, scale, sd, valid):
+        """Noisy logits [H,tile], the tokens' own thresholds, and the one of the bulk [H,1]."""
+        row, deviations = self.row[:, None] + 0 * token[None, :], self.constants.deviations
+        token = token[None, :] + 0 * row
+        if self.estimates_ref.dtype == jnp.float32:
+            bulk, single = self.limits
+            noisy = _pallas.load_masked(self.estimates_ref, (self.head + 0 * row, row, token), valid)
+            return noisy, jnp.minimum(bulk, single - deviations * sd), bulk
+        base, kept, depth = self.limits
+        word = _pallas.load_masked(self.estimates_ref, (self.head + 0 * row, row, token // 4), valid)
+        bin_ = ((word >> (token % 4 * 8)) & (BINS - 1)).astype(jnp.float32)
+        width = 1 / BINS_PER_NAT
+        # Where the best bin's scores are is not known: anywhere above its edge.
+        noisy = jnp.where(bin_ == 0, jnp.inf, base - width * (bin_ + 0.5))
+        kept_of_token = kept_bins(
+            kept, depth, BINS_PER_NAT * deviations * self.noise, scale[None, :].astype(jnp.float32)
+        )
+        threshold = jnp.where(kept_of_token == BINS, -jnp.inf, base - width * kept_of_token)
+        return noisy, threshold, jnp.where(kept == BINS, -jnp.inf, base - width * kept)
+
+    def store(self, place, sums):
+        for i, total in enumerate(sums):
+            self.sums_ref[place, i, :] = jnp.sum(total, axis=1)
+
+
+def kept_bins(kept, depth, depth_gain, scale):
+    """How many of the best bins a token is kept in: those of the bulk, or those whose scores could be those of a single
+    token of great weight, `depth + depth_gain * scale` bins below base; all float32."""
+    return jnp.maximum(kept, jnp.floor(jnp.clip(depth + depth_gain * scale, 0, BINS - 1)) + 1)
+
+
+def verified_attention(
+    query, keys, values, indices, counts, estimates, scale, quantized, limits,
+    *, softmax_scale, sink, deviations, least_deviation, far, largest_log,
+):  # fmt: skip
+    """`rabitq_jax.verified_attention.verified_attention_reference`.
+
+    Args:
+      query, keys, values, indices, counts: as in `gathered_attention`.
+      estimates: scores float32 [B,K,G,T], or bins int32 [B,K,G,T/4] of `mosaic_score_bins`.
+      scale: bfloat16 [B,K,T].
+      quantized: int32 [B].
+      limits: float32 [B,K,H,J], H from G on, of each query head: noise and peak; then for scores the thresholds bulk
+        and single; for bins base, how many bins the bulk keeps, and the depth of the single threshold in bins.
+
+    Returns:
+      Output float32 [B,K,G,D], and sums float32 [B,K,G,KINDS] in units of e^peak: the mass attended; the mass of the
+      head's own tokens; missed, variance, information, score, returned and number of `rabitq_jax.certificate.Found`.
+    """
+    rows = query.shape[0] * query.shape[1]
+    constants = _Constants(
+        kv_heads=query.shape[1], sink=sink, deviations=deviations, least_deviation=least_deviation, far=far,
+        largest_log=largest_log,
+    )  # fmt: skip
+    return attend_and_combine(
+        functools.partial(_kernel, constants=constants),
+        (query, keys, values, indices, counts),
+        (quantized, *(x.reshape(rows, *x.shape[2:]) for x in (limits, scale, estimates))),
+        name="verified_attention", softmax_scale=softmax_scale, dtype=jnp.float32, kinds=KINDS,
+    )  # fmt: skip
