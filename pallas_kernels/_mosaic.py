@@ -231,6 +231,11 @@ def shuffle_up(x, lanes: int) -> ir.Value:
     return _shuffle("up", x, lanes, 0)
 
 
+def shuffle_down(x, lanes: int) -> ir.Value:
+    """The value of the lane that is `lanes` behind; the lane's own where there is none."""
+    return _shuffle("down", x, lanes, 0x1F)
+
+
 def shuffle(x, lane: int) -> ir.Value:
     """The value of one lane."""
     return _shuffle("idx", x, lane, 0x1F)

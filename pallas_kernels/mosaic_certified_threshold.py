@@ -20,7 +20,6 @@ from pallas_kernels.mosaic_top_p_threshold import (
     load_bins,
     mass_above,
     nats,
-    running_sums,
     warp_sum,
 )
 
@@ -65,23 +64,20 @@ def find_limits(rule: Rule, lane, state: State, head, base, exact_lse, noise, sc
     surely_above = m.maximum(exp(m.subtract_float(row_peak, peak)), mass_above(above, edge_above))
     masses[0] = m.select(m.less(lane, 1), m.maximum(masses[0], surely_above), masses[0])
 
-    kept_mass, kept_squares = running_sums(lane, masses), running_sums(lane, squares)
-    all_mass, all_squares = m.shuffle(kept_mass[-1], 31), m.shuffle(kept_squares[-1], 31)
-    total = m.add_float(exact, all_mass)
+    masses_behind, squares_behind = _sums_behind(lane, masses), _sums_behind(lane, squares)
+    total = m.add_float(exact, m.shuffle(m.add_float(masses[0], masses_behind[0]), 0))
     budget = m.multiply_float(total, 1 - rule.top_p)
     k = rule.deviations if rule.certified else 0.0
 
-    def short(kept, squares):
-        """1 where what lies below the bins so far may not fit the budget; 1 with NaN."""
-        first = m.maximum(m.subtract_float(all_mass, kept), 0.0)
-        second = m.maximum(m.subtract_float(all_squares, squares), 0.0)
+    def short(first, second):
+        """1 where what lies behind a bin may not fit the budget; 1 with NaN."""
         bound = m.fma(first, 1 + rule.shared * k, m.multiply_float(m.square_root(m.multiply_float(second, SPREAD)), k))
         return m.select(m.not_less_float(budget, bound), 0, 1)
 
     if rule.top_p == 1:
         kept = m.value(BINS)
     else:
-        number = functools.reduce(m.add, map(short, kept_mass, kept_squares))
+        number = functools.reduce(m.add, map(short, masses_behind, squares_behind))
         # The best bin is always kept: it holds what has no weight.
         kept = m.minimum_signed(m.add(warp_sum(number, m.add), 1), BINS)
     first_bin = m.multiply(lane, LANE_BINS)
@@ -97,6 +93,19 @@ def find_limits(rule: Rule, lane, state: State, head, base, exact_lse, noise, sc
         largest = m.multiply_float(m.as_float(m.load(state.largest_scale())[0]), noise)
         depth = m.fma(largest, -rule.deviations * BINS_PER_NAT, m.add_float(m.to_float(kept), -1.0))
     return [noise, peak, base, m.to_float(kept), depth, below, total, mean_spread]
+
+
+def _sums_behind(lane, values):
+    """Sums over all values behind each, in the order of lanes, then of a lane's list: those at the end may be tiny."""
+    sums = [m.value(0.0)]
+    for x in values[:0:-1]:
+        sums.append(m.add_float(sums[-1], x))
+    from_here = m.add_float(sums[-1], values[0])
+    for lanes in (1, 2, 4, 8, 16):
+        more = m.select(m.less(lane, 32 - lanes), m.shuffle_down(from_here, lanes), 0.0)
+        from_here = m.add_float(from_here, more)
+    behind = m.select(m.less(lane, 31), m.shuffle_down(from_here, 1), 0.0)
+    return [m.add_float(behind, x) for x in sums[::-1]]
 
 
 def _sum(values):

@@ -210,6 +210,10 @@ class Emulator:
     def shuffle_up(self, x, lanes):
         return np.where(THREADS % 32 < lanes, x, x[THREADS - np.where(THREADS % 32 < lanes, 0, lanes)])
 
+    def shuffle_down(self, x, lanes):
+        there = THREADS % 32 + lanes < 32
+        return np.where(there, x[np.where(there, THREADS + lanes, THREADS)], x)
+
     def shuffle(self, x, lane):
         return x[THREADS // 32 * 32 + lane]
 
