@@ -373,6 +373,7 @@ def choose(condition, body, other) -> ir.Value:
     """The i32 that `body()` gives where the condition holds, and `other()` elsewhere."""
     branch = scf.IfOp(condition, [i32()], has_else=True)
     for block, run in ((branch.then_block, body), (branch.else_block, other)):
+        assert block is not None
         with ir.InsertionPoint(block):
             scf.yield_([run()])
     return branch.results[0]

@@ -69,10 +69,9 @@ def compact_noisy(bins, base, exact_lse, noise, scale, state, quantized, length,
     Returns:
       indices and counts, as `compact`; limits float32 [B,K,H,LIMITS] of `mosaic_certified_threshold`.
     """
-    rule = _Weights(rule=rule)
     inputs = base, exact_lse, noise, scale
     reports = ((jnp.float32, (LIMITS,)),)
-    return _call(rule, inputs, bins, base.shape[2], state, quantized, length, reports, sink=sink)
+    return _call(_Weights(rule=rule), inputs, bins, base.shape[2], state, quantized, length, reports, sink=sink)
 
 
 def compact_given(bins, limits, rows, scale, state, quantized, length, *, sink: int, deviations: float):
@@ -235,6 +234,11 @@ class _ByDeviation:
 
     WORDS = 3
 
+    @property
+    def margin(self) -> bool:
+        """Whether any token is kept for its deviation."""
+        return True
+
     def more(self, sizes: _Sizes, inputs, row, token, words, kept, shared):
         """16 bits, of tokens that are kept for their deviation; None where the rule has no such tokens."""
         if not self.margin:
@@ -293,7 +297,6 @@ class _Given(_ByDeviation):
 
     deviations: float
     INPUTS = 3
-    margin = True
 
     def length(self, inputs, row, length):
         return m.select(m.less(m.load(m.address(inputs[1], row))[0], 1), 0, length)

@@ -42,7 +42,7 @@ class NoisyBins:
         assert codes is not None
         self._query, self._cache, self._config, self._softmax_scale = query, cache, config, softmax_scale
         batch, kv_heads, group = query.shape[:3]
-        self._heads = padded_heads(group)
+        self._heads, self._scale = padded_heads(group), codes.scale
         prepared = prepare_query(
             query, cache, config, softmax_scale=softmax_scale, prng_key=prng_key, layer=layer,
             zeros=mosaic_certified.zeros(batch, kv_heads, self._heads, cache.capacity), implementation="pallas",
@@ -105,8 +105,8 @@ class NoisyBins:
         if rows is None:
             return self._first[:2]
         return mosaic_certified.select_again(
-            self._bins, self._limits(thresholds), rows, self._cache.codes.scale, self._cache.quantized,
-            self._cache.length, sink=self._config.sink, deviations=thresholds.deviations,
+            self._bins, self._limits(thresholds), rows, self._scale, self._cache.quantized, self._cache.length,
+            sink=self._config.sink, deviations=thresholds.deviations,
         )  # fmt: skip
 
     def _limits(self, thresholds: Thresholds):
@@ -120,10 +120,8 @@ class NoisyBins:
     def attend(self, indices, counts, thresholds: Thresholds):
         """`verified_attention` over a list."""
         limits = self._first[2] if indices is self._first[0] else self._limits(thresholds)
-        codes = self._cache.codes
-        assert codes is not None
         out, sums = attention_kernel.verified_attention(
-            self._query, self._cache.keys, self._cache.values, indices, counts, self._bins, codes.scale,
+            self._query, self._cache.keys, self._cache.values, indices, counts, self._bins, self._scale,
             self._cache.quantized, limits, softmax_scale=self._softmax_scale,
             sink=self._config.sink, deviations=thresholds.deviations, **CONSTANTS,
         )  # fmt: skip
