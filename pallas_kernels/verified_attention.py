@@ -1,23 +1,26 @@
-"""Gathered attention that adds up, in the same pass, what its exact logits say of the tokens outside the lists.
+"""Gathered attention, and what its exact logits say of the tokens outside the lists.
 
-    attend    program: tiles of lists, as in gathered_attention.py; and of each tile's tokens the terms below
-    combine   program (kv head, query head, columns): the parts of a head
+    attend    as in gathered_attention.py; it hands out the logits of the listed tokens
+    found     program: the same tiles of lists, as numbers [query heads, tokens] -> sums of the terms below
+    combine   program (kv head, query head, columns): the parts of a head, and of its sums
+
+Sums are not made where logits are: there a head is one row of 16, most of which are padding.
 
 A token's estimate comes as a float32 score, or as the byte of `mosaic_score_bins`: its place in the bin is then taken
 to be the middle, and a threshold is a bin's edge. The equations are those of rabitq_jax/certificate.py; the normal
-distribution's logarithm is Numerical Recipes' Chebyshev fit of erfc (relative error below 1.2e-7), since Triton has no
-erfc.
+distribution is Numerical Recipes' Chebyshev fit of erfc (relative error below 1.2e-7), since Triton has no erfc.
 """
 
 import dataclasses
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _pallas
 from pallas_kernels.debiased_mass import deviation
-from pallas_kernels.gathered_attention import attend_and_combine, attend_lists, spread_of
+from pallas_kernels.gathered_attention import Work, attend, by_row, combine, for_each_list
 from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT
 
 # Sums over the list's tokens that a query head found itself, but for the first two; see `verified_attention`.
@@ -28,15 +31,16 @@ ERFC = (
 )  # fmt: skip
 
 
-def log_normal_cdf(x):
-    """log Phi(x), float32."""
+def normal_cdf(x):
+    """Phi(x), float32, with a small relative error wherever it is a normal number."""
     z = jnp.abs(x) * math.sqrt(0.5)
-    t = 1 / (1 + 0.5 * z)
+    # A reciprocal, by the fast instruction.
+    t = jnp.square(jax.lax.rsqrt(1 + 0.5 * z))
     fit = jnp.full_like(t, ERFC[-1])
     for coefficient in ERFC[-2::-1]:
         fit = fit * t + coefficient
-    log_tail = jnp.log(0.5 * t) - z * z + fit
-    return jnp.where(x < 0, log_tail, jnp.log1p(-jnp.exp(log_tail)))
+    tail = 0.5 * t * jnp.exp(fit - z * z)
+    return jnp.where(x < 0, tail, 1 - tail)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,30 +54,39 @@ class _Constants:
 
 
 def _kernel(
-    counts_ref, query_ref, keys_ref, values_ref, indices_ref, quantized_ref, limits_ref, scale_ref, estimates_ref,
-    peak_ref, total_ref, out_ref, sums_ref, *, constants: _Constants, tile, **sizes,
+    counts_ref, indices_ref, logits_ref, quantized_ref, limits_ref, scale_ref, estimates_ref, sums_ref,
+    *, work: Work, constants: _Constants,
 ):  # fmt: skip
-    """Of the lists, see `attend_lists`; quantized [B], limits [R,G,J], scale [R,T], estimates [R,G,T] of scores or
-    [R,G,T/4] of bins -> sums [N,KINDS,H] of the parts."""
+    """counts [R], indices [R,S], logits [R,G,S], quantized [B], limits [R,H,J], scale [R,T], estimates [R,G,T] of
+    scores or [R,G,T/4] of bins -> sums [N,KINDS,H] of the parts."""
 
-    def observe(head):
-        return _Found(constants, head, quantized_ref, limits_ref, scale_ref, estimates_ref, sums_ref, tile)
+    def sum_list(head, place, count, first, stop):
+        found = _Found(constants, head, quantized_ref, limits_ref, scale_ref, estimates_ref)
 
-    lists = counts_ref, query_ref, keys_ref, values_ref, indices_ref, peak_ref, total_ref, out_ref
-    attend_lists(*lists, observe=observe, tile=tile, **sizes)
+        def sum_tile(i, sums):
+            slot = i * work.tile + jnp.arange(work.tile, dtype=jnp.int32)
+            valid = slot < count
+            token = _pallas.load_masked(indices_ref, (head + 0 * slot, slot), valid)
+            row = found.row[:, None] + 0 * slot[None, :]
+            at = (head + 0 * row, row, slot[None, :] + 0 * row)
+            valid_row = valid[None, :] & (row < found.group)
+            return found.add(sums, _pallas.load_masked(logits_ref, at, valid_row), token, valid)
+
+        zero = jnp.zeros((found.row.shape[0], work.tile), jnp.float32)
+        for i, total in enumerate(jax.lax.fori_loop(first, stop, sum_tile, (zero,) * KINDS)):
+            sums_ref[place, i, :] = jnp.sum(total, axis=1)
+
+    for_each_list(counts_ref, work, sum_list)
 
 
 class _Found:
-    """Sums over the tokens that a kv head's query heads found, each its own."""
+    """Terms of the tokens that a kv head's query heads found, each its own."""
 
-    def __init__(
-        self, constants: _Constants, head, quantized_ref, limits_ref, scale_ref, estimates_ref, sums_ref, tile
-    ):
+    def __init__(self, constants: _Constants, head, quantized_ref, limits_ref, scale_ref, estimates_ref):
         self.constants, self.head = constants, head
-        self.scale_ref, self.estimates_ref, self.sums_ref = scale_ref, estimates_ref, sums_ref
+        self.scale_ref, self.estimates_ref = scale_ref, estimates_ref
         self.group = estimates_ref.shape[1]
-        self.row = jnp.arange(spread_of(self.group)[0], dtype=jnp.int32)
-        self.start = (jnp.zeros((self.row.shape[0], tile), jnp.float32),) * KINDS
+        self.row = jnp.arange(_pallas.power_of_two(self.group), dtype=jnp.int32)
         self.quantized = quantized_ref[head // constants.kv_heads]
         number = 4 if estimates_ref.dtype == jnp.float32 else 5
         self.noise, self.peak, *self.limits = (self._limit(limits_ref, i) for i in range(number))
@@ -92,22 +105,22 @@ class _Found:
         scored = valid & ((token >= constants.sink) & (token < self.quantized))[None, :]
         found = scored & ~((noisy < threshold) & (noisy > -jnp.inf))
 
-        x = true - self.peak
-        weight = jnp.exp(jnp.minimum(x, constants.largest_log))
+        weight = jnp.exp(jnp.minimum(true - self.peak, constants.largest_log))
         tau = jnp.clip((threshold - true) / sd, -2 * constants.far, 2 * constants.far)
-        log_found = log_normal_cdf(-tau)
-        log_h0, log_h1, log_h2 = (log_normal_cdf(tau - j * sd) - log_found for j in range(3))
-        missed = jnp.exp(x + log_h0) - jnp.exp(x + log_h1)
-        spread = jnp.exp(2 * x + log_h0) - 2 * jnp.exp(2 * x + log_h1) + jnp.exp(2 * x + sd * sd + log_h2)
+        density = jnp.exp(-0.5 * tau * tau) * (1 / math.sqrt(2 * math.pi))
+        over_found = 1 / normal_cdf(-tau)
+        h0, h1, h2 = (normal_cdf(tau - j * sd) * over_found for j in range(3))
+        hazard = density * over_found
         near = found & (tau > -constants.far)
-        hazard = jnp.exp(-0.5 * tau * tau - log_found) * (1 / math.sqrt(2 * math.pi))
+        missed = jnp.where(near, weight * (h0 - h1), 0.0)
+        spread = jnp.where(near, weight * jnp.maximum(h0 - 2 * h1 + jnp.exp(sd * sd) * h2, 0.0), 0.0)
         sure = near & (tau < 0.5) & (noisy < jnp.inf)
         below = found & (noisy - sd * sd < bulk)
         terms = (
             jnp.where(valid, weight, 0.0),
             jnp.where(found | (valid & ~scored), weight, 0.0),
-            jnp.where(near, missed, 0.0),
-            jnp.where(near, missed * missed + jnp.maximum(spread, 0.0), 0.0),
+            missed,
+            missed * missed + weight * spread,
             jnp.where(sure, 1 + tau * hazard - hazard * hazard, 0.0),
             jnp.where(sure, (noisy - true) / sd - hazard, 0.0),
             jnp.where(below, jnp.exp(noisy - 0.5 * sd * sd - self.peak), 0.0),
@@ -135,10 +148,6 @@ class _Found:
         threshold = jnp.where(kept_of_token == BINS, -jnp.inf, base - width * kept_of_token)
         return noisy, threshold, jnp.where(kept == BINS, -jnp.inf, base - width * kept)
 
-    def store(self, place, sums):
-        for i, total in enumerate(sums):
-            self.sums_ref[place, i, :] = jnp.sum(total, axis=1)
-
 
 def kept_bins(kept, depth, depth_gain, scale):
     """How many of the best bins a token is kept in: those of the bulk, or those whose scores could be those of a single
@@ -164,14 +173,18 @@ def verified_attention(
       Output float32 [B,K,G,D], and sums float32 [B,K,G,KINDS] in units of e^peak: the mass attended; the mass of the
       head's own tokens; missed, variance, information, score, returned and number of `rabitq_jax.certificate.Found`.
     """
-    rows = query.shape[0] * query.shape[1]
     constants = _Constants(
         kv_heads=query.shape[1], sink=sink, deviations=deviations, least_deviation=least_deviation, far=far,
         largest_log=largest_log,
     )  # fmt: skip
-    return attend_and_combine(
-        functools.partial(_kernel, constants=constants),
-        (query, keys, values, indices, counts),
-        (quantized, *(x.reshape(rows, *x.shape[2:]) for x in (limits, scale, estimates))),
-        name="verified_attention", softmax_scale=softmax_scale, dtype=jnp.float32, kinds=KINDS,
-    )  # fmt: skip
+    work, (*partial, logits) = attend(
+        query, keys, values, indices, counts, softmax_scale=softmax_scale, with_logits=True
+    )
+    rows = _pallas.power_of_two(query.shape[2])
+    sums = _pallas.call(
+        functools.partial(_kernel, work=work, constants=constants),
+        name="found_tokens",
+        grid=(work.programs,),
+        out_shape=jax.ShapeDtypeStruct((work.parts, KINDS, rows), jnp.float32),
+    )(by_row(counts), by_row(indices), logits, quantized, *(by_row(x) for x in (limits, scale, estimates)))
+    return combine(work, counts, query.shape, partial, sums, dtype=jnp.float32)

@@ -89,7 +89,7 @@ def test_certified_attention_lowers(shape, monkeypatch):
         return out, stats
 
     text = kernel_text(monkeypatch, step, query, cache)
-    kernels = ("masses_below", "top_p_mark", "top_p_write", "verified_attention", "combine_parts")
+    kernels = ("masses_below", "top_p_mark", "top_p_write", "gathered_attention", "found_tokens", "combine_parts")
     assert all(kernel in text for kernel in kernels)
     assert "top_p_histogram" not in text
 
