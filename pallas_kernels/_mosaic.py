@@ -369,14 +369,14 @@ def when(condition, body) -> None:
         scf.yield_([])
 
 
-def choose(condition, body, other) -> ir.Value:
-    """The i32 that `body()` gives where the condition holds, and `other()` elsewhere."""
-    branch = scf.IfOp(condition, [i32()], has_else=True)
-    for block, run in ((branch.then_block, body), (branch.else_block, other)):
+def update(condition, carried, body) -> list[ir.Value]:
+    """body(carried) where the condition holds, and carried elsewhere; carried is a list."""
+    branch = scf.IfOp(condition, [x.type for x in carried], has_else=True)
+    for block, run in ((branch.then_block, body), (branch.else_block, list)):
         assert block is not None
         with ir.InsertionPoint(block):
-            scf.yield_([run()])
-    return branch.results[0]
+            scf.yield_(run(carried))
+    return list(branch.results)
 
 
 def loop(count, carried, body) -> list[ir.Value]:

@@ -28,6 +28,7 @@ from pallas_kernels.mosaic_top_p_threshold import (
 LIMITS = 8
 # Mean square of e^(sd^2 / 2) over the square of its mean: for deviations of 1.5 nats that differ by a fifth.
 SPREAD = 1.25
+NEVER = -1e30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,12 +113,14 @@ def _sum(values):
     return functools.reduce(m.add_float, values)
 
 
-def words(limits, deviations: float):
+def words(limits, deviations: float, largest_scale):
     """What a head keeps: bins for all tokens, i32; and the depth and its gain with a token's scale, as `bins_of` takes
-    them."""
+    them. The depth is `NEVER` where no scale up to the largest, if it is known, keeps a token in more bins."""
     noise, _, _, kept, depth, *_ = limits
-    gain = m.multiply_float(noise, BINS_PER_NAT * deviations)
-    return [m.to_integer(kept), m.as_int(depth), m.as_int(gain)]
+    kept, gain = m.to_integer(kept), m.multiply_float(noise, BINS_PER_NAT * deviations)
+    if largest_scale is not None:
+        depth = m.select(m.less(bins_of(depth, gain, largest_scale), kept), NEVER, depth)
+    return [kept, m.as_int(depth), m.as_int(gain)]
 
 
 def bins_of(depth, gain, scale):

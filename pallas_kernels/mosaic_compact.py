@@ -243,26 +243,33 @@ class _ByDeviation:
         """16 bits, of tokens that are kept for their deviation; None where the rule has no such tokens."""
         if not self.margin:
             return None
-        token = m.minimum_signed(token, sizes.tokens - LANE_TOKENS)
-        at = m.address(inputs[-1], m.right(m.add(m.multiply(row, sizes.tokens), token), 1))
-        pairs = [w for i in range(LANE_TOKENS // 8) for w in m.load(at, words=4, offset=16 * i)]
-        scales = [x for pair in pairs for x in m.bfloat16_pair(pair)]
-        largest = functools.reduce(m.maximum, scales)
-        bits = m.value(0)
-        for head, kept_by_all in enumerate(kept):
-            depth, gain = (m.as_float(m.load_shared(shared, offset=4 * (sizes.heads * i + head))[0]) for i in (1, 2))
+        depths, gains = (
+            [m.as_float(m.load_shared(shared, offset=4 * (sizes.heads * i + head))[0]) for head in range(sizes.group)]
+            for i in (1, 2)
+        )
 
-            def look(head=head, depth=depth, gain=gain, kept_by_all=kept_by_all):
-                found = m.value(0)
-                for i, scale in enumerate(scales):
-                    byte = m.bit_and(m.right(words[LANE_TOKENS // 4 * head + i // 4], 8 * (i % 4)), BINS - 1)
-                    is_kept = m.less(byte, m.add(certified.bins_of(depth, gain, scale), 1))
-                    found = m.bit_or(found, m.select(is_kept, 1 << i, 0))
-                return found
+        def look(_):
+            at = m.minimum_signed(token, sizes.tokens - LANE_TOKENS)
+            at = m.address(inputs[-1], m.right(m.add(m.multiply(row, sizes.tokens), at), 1))
+            pairs = [w for i in range(LANE_TOKENS // 8) for w in m.load(at, words=4, offset=16 * i)]
+            scales = [x for pair in pairs for x in m.bfloat16_pair(pair)]
+            largest = functools.reduce(m.maximum, scales)
+            bits = [m.value(0)]
+            for head, (depth, gain, kept_by_all) in enumerate(zip(depths, gains, kept, strict=True)):
+                matters = m.not_less(certified.bins_of(depth, gain, largest), kept_by_all)
+                bits = m.update(matters, bits, functools.partial(look_at_head, head, depth, gain, scales))
+            return bits
 
-            matters = m.not_less(certified.bins_of(depth, gain, largest), kept_by_all)
-            bits = m.bit_or(bits, m.choose(matters, look, lambda: m.value(0)))
-        return bits
+        def look_at_head(head, depth, gain, scales, bits):
+            (found,) = bits
+            for i, scale in enumerate(scales):
+                byte = m.bit_and(m.right(words[LANE_TOKENS // 4 * head + i // 4], 8 * (i % 4)), BINS - 1)
+                is_kept = m.less(byte, m.add(certified.bins_of(depth, gain, scale), 1))
+                found = m.bit_or(found, m.select(is_kept, 1 << i, 0))
+            return [found]
+
+        deepest = functools.reduce(m.maximum, depths)
+        return m.update(m.less_float(certified.NEVER, deepest), [m.value(0)], look)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -288,7 +295,8 @@ class _Weights(_ByDeviation):
             for i in range(0, LIMITS, 4):
                 m.store(at, [m.as_int(x) for x in limits[i : i + 4]], offset=4 * i)
 
-        return certified.words(limits, self.rule.deviations), report
+        largest_scale = m.as_float(m.load(state.largest_scale())[0])
+        return certified.words(limits, self.rule.deviations, largest_scale), report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -304,7 +312,7 @@ class _Given(_ByDeviation):
     def find(self, inputs, place, head, lane, scored, state: State):
         at = m.address(inputs[0], m.multiply(place, LIMITS))
         limits = [m.as_float(word) for i in range(0, LIMITS, 4) for word in m.load(at, words=4, offset=4 * i)]
-        return certified.words(limits, self.deviations), lambda reports, place: None
+        return certified.words(limits, self.deviations, None), lambda reports, place: None
 
 
 def _masks(sizes: _Sizes, bins, inputs, row, words, start, quantized, length, shared):

@@ -281,17 +281,13 @@ class _Scorer:
             else m.less(m.subtract(m.add(token, i), sizes.first), m.subtract(self.stop, sizes.first))
             for i in range(4)
         ]
-        peaks = self.see_scales(peaks, scale, scored)
         for h in range(sizes.groups):
             gain, minus_sum, _ = self.factors[h]
             dots = _dots(fragments, self.columns[h])
-            packed = []
-            for i in range(4):
-                z = _affine(dots[i], minus_sum, gain, scale[i], shifts[h])
-                if bias is not None:
-                    z = m.fma(bias[i], sizes.bias_gain, z)
-                bin_, peaks = self.see_score(h, z, scale[i], scored[i], peaks)
-                packed.append(bin_)
+            scores = [_affine(dots[i], minus_sum, gain, scale[i], shifts[h]) for i in range(4)]
+            if bias is not None:
+                scores = [m.fma(x, sizes.bias_gain, z) for x, z in zip(bias, scores, strict=True)]
+            packed, peaks = self.see_scores(h, scores, scale, scored, peaks)
             head = m.add(self.t, HEADS * h)
             word = m.add(
                 m.multiply(m.add(m.multiply(self.row, sizes.group), head), sizes.tokens // 4), m.right(token, 2)
@@ -300,18 +296,18 @@ class _Scorer:
             m.store(m.address(self.bins, word), [m.pack_bytes(packed)], where=real)
         return peaks
 
-    def see_scales(self, peaks, scales, scored):
-        return peaks
-
-    def see_score(self, h, z, scale, scored, peaks):
-        """Count a token's score in its bin: an i32 whose lowest byte that is; and the largest scores so far."""
-        larger = m.maximum(peaks[h], m.minimum(z, 3e38))
-        peak = larger if scored is None else m.select(scored, larger, peaks[h])
-        bin_, depth = _bin(z, self.factors[h][2])
-        # 1, above its place in the bin.
-        one = m.fma(_place(bin_, depth), float(PLACES), 2.0**23 + 2**COUNT_BITS + PLACES // 2)
-        self._add(h, bin_, m.bit_and(m.as_int(one), 2**23 - 1), scored)
-        return m.as_int(bin_), [*peaks[:h], peak, *peaks[h + 1 :]]
+    def see_scores(self, h, scores, scales, scored, peaks):
+        """Count four tokens' scores in their bins: i32 whose lowest bytes these are; and the largest scores so far."""
+        peak, bins = peaks[h], []
+        for z, is_scored in zip(scores, scored, strict=True):
+            larger = m.maximum(peak, m.minimum(z, 3e38))
+            peak = larger if is_scored is None else m.select(is_scored, larger, peak)
+            bin_, depth = _bin(z, self.factors[h][2])
+            # 1, above its place in the bin.
+            one = m.fma(_place(bin_, depth), float(PLACES), 2.0**23 + 2**COUNT_BITS + PLACES // 2)
+            self._add(h, bin_, m.bit_and(m.as_int(one), 2**23 - 1), is_scored)
+            bins.append(m.as_int(bin_))
+        return bins, [*peaks[:h], peak, *peaks[h + 1 :]]
 
     def _add(self, h, bin_, word, where):
         """Add to the word of a bin in shared memory, [group][bin][head of 4]."""
@@ -335,27 +331,41 @@ class _WeightScorer(_Scorer):
     def no_peaks(self):
         return [m.value(float("-inf"))] * (2 * self.sizes.groups) + [m.value(0.0)]
 
-    def see_scales(self, peaks, scales, scored):
+    def see_scores(self, h, scores, scales, scored, peaks):
+        """Add four tokens' weights in the bins of z - sd^2; returns the bins of z, and the largest so far."""
+        top, bins, seen = self.factors[h][2], [], []
+        for z, scale, is_scored in zip(scores, scales, scored, strict=True):
+            variance = m.multiply_float(m.multiply_float(scale, scale), self.variances[h])
+            usable = m.not_less_float(LARGEST_DEVIATION**2, variance)
+            counted = usable if is_scored is None else m.both(usable, is_scored)
+            tilted = m.subtract_float(z, variance)
+            bin_, depth = _bin(tilted, top)
+            at_edge = MASS_BITS - LOG2_E * (LARGEST_DEVIATION**2 / 2 + 0.5 / BINS_PER_NAT)
+            log2_weight = m.fma(_place(bin_, depth), -LOG2_E / BINS_PER_NAT, m.fma(variance, LOG2_E / 2, at_edge))
+            weight = m.as_int(m.add_float(m.exp2(log2_weight), 2.0**23))
+            self._add(h, bin_, m.bit_and(weight, 2**23 - 1), counted)
+            bins.append(m.select(usable, m.as_int(_bin(z, top)[0]), 0))
+            seen.append((tilted, m.fma(variance, -0.5, z), counted))
+        if h == 0:
+            peaks = [*peaks[:-1], self._largest_scale(peaks[-1], scales, scored)]
+
+        def see_peaks(peak):
+            for tilted, log_weight, counted in seen:
+                tilted, log_weight = m.minimum(tilted, 3e38), m.minimum(log_weight, 3e38)
+                larger = m.both(counted, m.less_float(peak[0], tilted))
+                peak = [m.select(larger, new, old) for new, old in zip((tilted, log_weight), peak, strict=True)]
+            return peak
+
+        # Few tokens are above the bins.
+        above = m.negate(m.not_less_float(self.bases[h], functools.reduce(m.maximum, [x for x, *_ in seen])))
+        mine = m.update(above, peaks[2 * h : 2 * h + 2], see_peaks)
+        return bins, [*peaks[: 2 * h], *mine, *peaks[2 * h + 2 :]]
+
+    def _largest_scale(self, largest, scales, scored):
         for scale, is_scored in zip(scales, scored, strict=True):
-            larger = m.maximum(peaks[-1], scale)
-            peaks = [*peaks[:-1], larger if is_scored is None else m.select(is_scored, larger, peaks[-1])]
-        return peaks
-
-    def see_score(self, h, z, scale, scored, peaks):
-        """Add a token's weight in the bin of z - sd^2; returns the bin of z, and the largest so far."""
-        variance = m.multiply_float(m.multiply_float(scale, scale), self.variances[h])
-        usable = m.not_less_float(LARGEST_DEVIATION**2, variance)
-        counted = usable if scored is None else m.both(usable, scored)
-        score, top = m.minimum(z, 3e38), self.factors[h][2]
-        tilted, log_weight = m.subtract_float(score, variance), m.fma(variance, -0.5, score)
-        larger = m.both(counted, m.less_float(peaks[2 * h], tilted))
-        mine = [m.select(larger, x, old) for x, old in zip((tilted, log_weight), peaks[2 * h :], strict=False)]
-
-        bin_, depth = _bin(tilted, top)
-        log2_weight = m.fma(variance, LOG2_E / 2, MASS_BITS - LOG2_E * (LARGEST_DEVIATION**2 / 2 + 0.5 / BINS_PER_NAT))
-        weight = m.exp2(m.fma(_place(bin_, depth), -LOG2_E / BINS_PER_NAT, log2_weight))
-        self._add(h, bin_, m.bit_and(m.as_int(m.add_float(weight, 2.0**23)), 2**23 - 1), counted)
-        return m.select(usable, m.as_int(_bin(z, top)[0]), 0), [*peaks[: 2 * h], *mine, *peaks[2 * h + 2 :]]
+            larger = m.maximum(largest, scale)
+            largest = larger if is_scored is None else m.select(is_scored, larger, largest)
+        return largest
 
     def flush(self, peaks, state: State):
         """Add the block's weights, its largest scale, and what weighs more than any bin, to the row's."""

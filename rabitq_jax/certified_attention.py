@@ -40,10 +40,9 @@ class Verification:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Round:
-    """The result of attending to what thresholds keep: output, list, and what is known of it."""
+    """The result of attending to what thresholds keep: output, how many tokens, and what is known of them."""
 
     out: jax.Array
-    indices: jax.Array
     counts: jax.Array
     scored: jax.Array
     certificate: Certificate
@@ -70,42 +69,53 @@ def attend_certified(
     estimates = (NoisyBins if uses_mosaic(cache, config) else NoisyScores)(
         query, cache, config, softmax_scale, prng_key, layer
     )
-    mass = estimates.mass
-    with jax.named_scope("find_thresholds"):
-        thresholds, below = estimates.thresholds()
     scored = jnp.maximum(cache.quantized - config.sink, 0)[:, None, None]
 
-    def attend(thresholds: Thresholds, below, rows=None) -> _Round:
-        with jax.named_scope("keep_by_thresholds"):
-            indices, counts = estimates.keep(thresholds, rows)
+    def attend(indices, counts, thresholds: Thresholds, below) -> _Round:
         with jax.named_scope("verified_attention"):
             out, log_attended, log_own, found = estimates.attend(indices, counts, thresholds)
-        certificate = certify(found, below, log_attended, log_own, scored, mass, thresholds)
-        number = found.number.astype(jnp.int32)
-        return _Round(out=out, indices=indices, counts=counts, scored=number, certificate=certificate)
+        certificate = certify(found, below, log_attended, log_own, scored, estimates.mass, thresholds)
+        return _Round(out=out, counts=counts, scored=found.number.astype(jnp.int32), certificate=certificate)
+
+    def lower_thresholds(first: _Round) -> tuple[Thresholds, jax.Array]:
+        return extended_thresholds(
+            estimates.find_bulk, estimates.mass, *estimates.thresholds(), first.certificate, short, top_p=config.top_p
+        )
+
+    def pick(new, old):
+        """The second round's where a kv head had one."""
+        rows = jnp.any(short, axis=-1)
+        return jnp.where(rows.reshape(*rows.shape, *(1,) * (new.ndim - 2)), new, old)
 
     def extend(first: _Round):
-        lower, below_lower = extended_thresholds(
-            estimates.find_bulk, mass, thresholds, below, first.certificate, short, top_p=config.top_p
-        )
-        rows = jnp.any(short, axis=-1)
-        second = attend(lower, below_lower, rows)
-        pick = lambda new, old: jnp.where(rows.reshape(*rows.shape, *(1,) * (new.ndim - 2)), new, old)  # noqa: E731
+        thresholds, below = lower_thresholds(first)
+        second = attend(*estimates.keep(thresholds, jnp.any(short, axis=-1)), thresholds, below)
         return jax.tree.map(pick, second, first), first.counts + second.counts
 
-    last = attend(thresholds, below)
-    short, read = jnp.zeros(query.shape[:3], bool), last.counts
+    with jax.named_scope("find_thresholds"):
+        thresholds, below = estimates.thresholds()
+    with jax.named_scope("keep_by_thresholds"):
+        indices, counts = estimates.keep(thresholds)
+    first = last = attend(indices, counts, thresholds, below)
+    short, read = jnp.zeros(query.shape[:3], bool), counts
     if config.selection == "certified" and config.top_p < 1:
-        short = last.certificate.bound < config.top_p
+        short = first.certificate.bound < config.top_p
         with jax.named_scope("extend"):
-            last, read = jax.lax.cond(jnp.any(short), extend, lambda first: (first, first.counts), last)
+            last, read = jax.lax.cond(jnp.any(short), extend, lambda first: (first, first.counts), first)
+            # A branch copies what it passes on. So the list has one of its own, which is left out where nobody asks.
+            indices = jax.lax.cond(
+                jnp.any(short),
+                lambda first: pick(estimates.keep(lower_thresholds(first)[0], jnp.any(short, axis=-1))[0], indices),
+                lambda first: indices,
+                first,
+            )
     verified, bound = last.certificate.verified, last.certificate.bound
     out = _add_tail(last.out, verified, cache, config) if config.tail == "mean" else last.out
     selection = Selection(
-        indices=last.indices,
+        indices=indices,
         counts=last.counts,
         scored=last.scored,
-        mass=1 - below / jnp.where(mass.total == 0, 1.0, mass.total),
+        mass=1 - below / jnp.where(estimates.mass.total == 0, 1.0, estimates.mass.total),
     )
     return out, selection, Verification(verified=verified, bound=bound, extended=short, read=read)
 

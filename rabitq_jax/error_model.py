@@ -38,14 +38,18 @@ def noise_gain(
     Returns:
       float32 [B,K,G], in nats for each unit of `scale`.
     """
-    size = codes.rotation.shape[0]
+    of_norm, of_step = noise_gains(codes.rotation.shape[0], softmax_scale, rounding)
     centred = query.astype(jnp.float32)
     if codes.query_centroid is not None:
         centred = centred - codes.query_centroid[:, :, None]
+    return jnp.sqrt(of_norm * jnp.sum(centred * centred, axis=-1) + of_step * step**2)
+
+
+def noise_gains(size: int, softmax_scale: float, rounding: QueryRounding) -> tuple[float, float]:
+    """The factors of |q - c_q|^2 and of step^2 in the square of `noise`, for codes of `size` dimensions."""
     cosine2 = SIGN_COSINE2 + (1 - SIGN_COSINE2) / size
-    of_signs = (1 - cosine2) / (size - 1) * jnp.sum(centred * centred, axis=-1)
-    of_rounding = ROUNDING_VARIANCE[rounding] * step**2
-    return softmax_scale * jnp.sqrt(size * (of_signs + of_rounding))
+    variance = softmax_scale**2 * size
+    return variance * (1 - cosine2) / (size - 1), variance * ROUNDING_VARIANCE[rounding]
 
 
 def error_bound(noise: jax.Array, scale: jax.Array, eps0: float = 1.9) -> jax.Array:

@@ -14,7 +14,6 @@ from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT, LARGEST_DEVIATI
 from pallas_kernels.prepare_query import padded_heads
 from rabitq_jax.cache import LayerCache
 from rabitq_jax.config import RaBitQConfig
-from rabitq_jax.error_model import noise_gain
 from rabitq_jax.prepared_query import prepare_query
 from rabitq_jax.thresholds import (
     LEAST_DEVIATION,
@@ -47,39 +46,45 @@ class NoisyBins:
             query, cache, config, softmax_scale=softmax_scale, prng_key=prng_key, layer=layer,
             zeros=mosaic_certified.zeros(batch, kv_heads, self._heads, cache.capacity), implementation="pallas",
         )  # fmt: skip
-        step = prepared.factors[:, :, :group, 0] / softmax_scale
-        noise = noise_gain(query, step, codes, softmax_scale=softmax_scale, rounding=config.query_rounding)
-        noise = jnp.pad(noise, [(0, 0)] * 2 + [(0, self._heads - group)])
         rule = Rule(
             top_p=config.top_p, deviations=confidence(config.failure_rate), certified=config.selection == "certified",
             shared=SHARED, least_single=LEAST_SINGLE,
         )  # fmt: skip
         self._bins, self._state, self._first = mosaic_certified.score_and_select(
-            prepared.planes, prepared.factors, prepared.base, prepared.shift, prepared.exact_lse, noise, prepared.zeros,
+            prepared.planes, prepared.factors, prepared.base, prepared.shift, prepared.exact_lse, prepared.noise,
+            prepared.zeros,
             codes.bits, codes.scale, codes.bias, softmax_scale, cache.quantized, cache.length,
             group=group, sink=config.sink, rule=rule,
         )  # fmt: skip
-        limits = self._first[2][:, :, :group]
-        self._noise, peak, self._base, self._kept, self._depth, self._below, total, self._spread = (
-            limits[..., i] for i in range(mosaic_certified.LIMITS)
-        )
+
+    def _column(self, i: int):
+        """A column of the real heads' limits. It is cut out where it is used: what a branch takes from outside of it is
+        an array of its own."""
+        return self._first[2][:, :, : self._query.shape[2], i]
+
+    @property
+    def _base(self):
+        return self._column(2)
+
+    @property
+    def mass(self) -> HeadMass:
         # The mean of e^(sd^2 / 2), and of half a bin, says what the typical deviation is.
-        typical = jnp.sqrt(jnp.maximum(2 * jnp.log(self._spread) + 1 / BINS_PER_NAT, LEAST_DEVIATION**2))
-        self.mass = HeadMass(
-            peak=peak,
-            total=total,
+        typical = jnp.sqrt(jnp.maximum(2 * jnp.log(self._column(7)) + 1 / BINS_PER_NAT, LEAST_DEVIATION**2))
+        return HeadMass(
+            peak=self._column(1),
+            total=self._column(6),
             top=self._base,
-            largest_deviation=jnp.full_like(peak, LARGEST_DEVIATION),
+            largest_deviation=jnp.full_like(typical, LARGEST_DEVIATION),
             mean_deviation=typical,
         )
 
     def thresholds(self) -> tuple[Thresholds, jax.Array]:
         """Those that the rule of the configuration chooses, and C1 at them."""
-        single = self._base - self._depth / BINS_PER_NAT
+        single = self._base - self._column(4) / BINS_PER_NAT
         if self._config.top_p == 1:
             single = jnp.full_like(single, -jnp.inf)
         deviations = confidence(self._config.failure_rate)
-        return Thresholds(bulk=self._edge(self._kept), single=single, deviations=deviations), self._below
+        return Thresholds(bulk=self._edge(self._column(3)), single=single, deviations=deviations), self._column(5)
 
     def _edge(self, kept):
         """The threshold under which so many bins are kept."""
@@ -90,7 +95,7 @@ class NoisyBins:
         at_edge = jnp.exp(self._base - self.mass.peak)[..., None] * jnp.exp(-jnp.arange(BINS) / BINS_PER_NAT)
         spreads = mosaic_certified.spreads(self._state, self._heads)[:, :, : self._query.shape[2]]
         masses = at_edge * spreads
-        squares = masses * at_edge * (SPREAD * self._spread[..., None])
+        squares = masses * at_edge * (SPREAD * self._column(7)[..., None])
         # Below one bin kept, below two, ..., below all.
         first, second = (
             jnp.pad(jnp.cumsum(x[..., :0:-1], axis=-1)[..., ::-1], [(0, 0)] * 3 + [(0, 1)]) for x in (masses, squares)
@@ -114,7 +119,7 @@ class NoisyBins:
         finite = jnp.where(thresholds.bulk == -jnp.inf, 0.0, thresholds.bulk)
         kept = jnp.where(thresholds.bulk == -jnp.inf, BINS, jnp.round((self._base - finite) * BINS_PER_NAT))
         depth = jnp.minimum((self._base - thresholds.single) * BINS_PER_NAT, 1e6)
-        limits = jnp.stack([self._noise, self.mass.peak, self._base, kept, depth, *[0 * kept] * 3], axis=-1)
+        limits = jnp.stack([self._column(0), self.mass.peak, self._base, kept, depth, *[0 * kept] * 3], axis=-1)
         return jnp.pad(limits, [(0, 0)] * 2 + [(0, self._heads - limits.shape[2]), (0, 0)])
 
     def attend(self, indices, counts, thresholds: Thresholds):

@@ -249,15 +249,13 @@ class Emulator:
             body()
         self.mask = outer
 
-    def choose(self, condition, body, other):
-        result = self.value(0)
-        for holds, run in ((condition, body), (~condition, other)):
+    def update(self, condition, carried, body):
+        result = list(carried)
 
-            def put(holds=holds, run=run):
-                nonlocal result
-                result = np.where(holds, run(), result)
+        def put():
+            result[:] = [np.where(condition, new, old) for new, old in zip(body(carried), carried, strict=True)]
 
-            self.when(holds, put)
+        self.when(condition, put)
         return result
 
     def loop(self, count, carried, body):
