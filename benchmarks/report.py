@@ -65,6 +65,8 @@ def sections() -> dict[str, str]:
         made["certificate"] = certificate(read("certificate.json"))
     if has("selectors.json"):
         made["selectors"] = selectors(read("selectors.json"))
+    if has("decode_attention_methods.json"):
+        made["method-times"] = method_times(read("decode_attention_methods.json"))
     if has("methods.json"):
         made["methods"] = methods(read("methods.json"))
     measured = [name for name in OPERATIONS if has(f"{name}.json")]
@@ -188,6 +190,18 @@ def selectors(measured: dict[str, Any]) -> str:
     )
     picture = "![True attention captured, and needles answered, against bytes read](benchmarks/results/selectors.png)"
     return "\n\n".join([paragraph(about), selectors_report.table(measured), picture])
+
+
+def method_times(rows: list[dict[str, Any]]) -> str:
+    """Every method's decode step."""
+    one = {"environment": rows[0] | {"command": "python -m benchmarks.decode_attention --suite ... --method ..."}}
+    about = (
+        f"**A decode step of every method** ({provenance(one, 'decode_attention_methods.json', 'results')}), on caches "
+        "planted so that RaBitQ keeps 3 %. Choosing and attending; wall time also appends the token and keeps the "
+        "method's state. Only RaBitQ's scores and Top-p are kernels: other methods score in XLA, select by a sort, and "
+        "share the gathered attention."
+    )
+    return "\n\n".join([paragraph(about), selectors_report.time_table(rows)])
 
 
 def methods(measured: dict[str, Any]) -> str:

@@ -95,7 +95,8 @@ def measure(needles: Needles, method: str, dtype: str) -> dict[str, float | dict
     config = parse_selector(method)
     capacity = round_capacity(needles.keys.shape[1], config)
     arrays = (jnp.asarray(x, jnp.dtype(dtype)) for x in (needles.keys, needles.values, needles.queries))
-    cache = fill(*arrays, config=config, capacity=capacity)
+    lengths = jnp.full((len(needles.keys),), needles.keys.shape[1], jnp.int32)
+    cache = fill(*arrays, lengths, config=config, capacity=capacity)
     batch, kv_heads = cache.keys.shape[:2]
     query = jnp.asarray(needles.query, cache.keys.dtype).reshape(batch, kv_heads, -1, needles.query.shape[-1])
     out, selection, bytes_read = attend(query, cache, config=config)
@@ -119,22 +120,28 @@ def measure(needles: Needles, method: str, dtype: str) -> dict[str, float | dict
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
-def fill(keys, values, queries, *, config: RaBitQConfig | Selector, capacity: int) -> LayerCache:
-    """The cache as a decode step finds it, once its token is appended; arguments as in Needles."""
-    batch, tokens, kv_heads, head_dim = keys.shape
-    prompt, one = jnp.full((batch,), tokens - 1, jnp.int32), jnp.ones((batch,), jnp.int32)
+def fill(keys, values, queries, lengths, *, config: RaBitQConfig | Selector, capacity: int) -> LayerCache:
+    """The cache as a decode step finds it, once its token is appended.
+
+    Args:
+      keys, values: [B,T,K,D]; queries: [B,N,H,D], of the prompt's last N tokens.
+      lengths: int32 [B], tokens of each sequence, the new one included.
+    """
+    batch, _, kv_heads, head_dim = keys.shape
+    prompt, one = lengths - 1, jnp.ones((batch,), jnp.int32)
+    last = [jnp.take_along_axis(x, prompt[:, None, None, None], axis=1) for x in (keys, values)]
     if isinstance(config, RaBitQConfig):
         cache = init_layer_cache(batch, capacity, kv_heads, head_dim, config, dtype=keys.dtype)
-        cache = attention.build_codes(append(cache, keys[:, :-1], values[:, :-1], prompt), config)
-        return append(cache, keys[:, -1:], values[:, -1:], one)
+        cache = attention.build_codes(append(cache, keys, values, prompt), config)
+        return append(cache, *last, one)
     shape = CacheShape(
         batch=batch, capacity=capacity, num_heads=queries.shape[2], num_kv_heads=kv_heads, head_dim=head_dim,
         dtype=keys.dtype,
     )  # fmt: skip
-    cache = append(init_selector_cache(shape, config), keys[:, :-1], values[:, :-1], prompt)
+    cache = append(init_selector_cache(shape, config), keys, values, prompt)
     observed = jnp.full((batch,), queries.shape[1], jnp.int32)
     state = config.build(config.observe(cache.state, cache, queries, observed), cache)
-    return append(dataclasses.replace(cache, state=state), keys[:, -1:], values[:, -1:], one)
+    return append(dataclasses.replace(cache, state=state), *last, one)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

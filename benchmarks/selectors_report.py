@@ -36,6 +36,28 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def time_table(rows: list[dict[str, Any]]) -> str:
+    """A line a method and case of `python -m benchmarks.decode_attention --method ...`."""
+    head = [
+        "case",
+        "method",
+        "kernels, µs",
+        "wall, µs",
+        "best dense, wall, µs",
+        "bytes of dense",
+        "tokens",
+        "mass held",
+    ]
+    lines = [cells(head), cells(["---", "---", *["---:"] * (len(head) - 2)])]
+    for row in rows:
+        dense = min(row["dense"].values(), key=lambda times: times["wall_us"]["median"])
+        line = [row["case"], f"`{row['implementation']}`"]
+        line += [f"{row[name]['median']:.0f}" for name in ("kernel_us", "wall_us")]
+        line += [f"{dense['wall_us']['median']:.0f}", f"{row['bytes'] / dense['bytes']:.1%}"]
+        lines.append(cells([*line, f"{row['kept']:.1%}", f"{row['true_mass']:.1%}"]))
+    return "\n".join(lines)
+
+
 def means(content: dict[str, Any]) -> list[dict[str, Any]]:
     """A point a method and budget: means over the tasks."""
     points = []

@@ -17,28 +17,53 @@ DEFAULT = RaBitQConfig()
 Measure = Callable[[Case, RaBitQConfig, float], Iterable[dict]]
 
 
+# measure_methods(case, methods, bandwidth) gives a row a retrieval method.
+MeasureMethods = Callable[[Case, Sequence[str], float], Iterable[dict]]
+
+
 def command(
-    operation: str, measure: Measure, about: str, *, selections: Sequence[str] = (DEFAULT.selection,)
+    operation: str,
+    measure: Measure,
+    about: str,
+    *,
+    selections: Sequence[str] = (DEFAULT.selection,),
+    measure_methods: MeasureMethods | None = None,
 ) -> click.Command:
     """The command that measures cases and writes results/`operation`.json, row by row.
 
     Args:
       selections: rules that may be asked for; others than the default write results/`operation`_`rule`.json.
+      measure_methods: retrieval methods may be asked for, too; they write results/`operation`_methods.json.
     """
+    takes_methods = click.option(
+        "--method", "methods", multiple=True, metavar="NAME:ARGUMENTS", help="Retrieval methods, in place of Top-p.",
+        hidden=measure_methods is None,
+    )  # fmt: skip
 
     @click.command(name=operation, help=about.split("\n")[0])
     @click.option("--suite", "suites", multiple=True, type=click.Choice(list(SUITES)), help="Cases; may be repeated.")
     @click.option("--tokens", multiple=True, type=int, help="Only the cases of this capacity; may be repeated.")
     @click.option("--top-p", default=0.95, show_default=True, help="Share of the attention mass to keep.")
     @click.option("--selection", type=click.Choice(selections), default=DEFAULT.selection, show_default=True)
+    @takes_methods
     @commit_option
-    def main(suites: tuple[str, ...], tokens: tuple[int, ...], top_p: float, selection: str, commit: str) -> None:
+    def main(
+        suites: tuple[str, ...], tokens: tuple[int, ...], top_p: float, selection: str, methods: tuple[str, ...],
+        commit: str,
+    ) -> None:  # fmt: skip
         announce_device()
         name = operation if selection == DEFAULT.selection else f"{operation}_{selection}"
         suites = suites or ("context" if on_gpu() else "small",)
         cases = [case for suite in suites for case in SUITES[suite] if not tokens or case.shape.tokens in tokens]
         bandwidth = timing.bandwidth()
-        for case in cases:
+        for case in cases if methods else ():
+            if measure_methods is None:
+                raise click.UsageError(f"{operation} takes no --method")
+            for row in measure_methods(case, methods, bandwidth):
+                row = {"case": case.name, "shape": str(case.shape)} | row
+                write_row(f"{operation}_methods.json", row, commit=commit)
+                click.echo(summary(row))
+        for case in () if methods else cases:
             for row in measure(case, RaBitQConfig(top_p=top_p, selection=selection), bandwidth):
                 row = {"case": case.name, "shape": str(case.shape), "top_p": top_p, "selection": selection} | row
                 write_row(f"{name}.json", row, commit=commit)

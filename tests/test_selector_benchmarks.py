@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import needles, selectors, selectors_report
+from benchmarks import decode_attention, needles, scores, selectors, selectors_report
 from rabitq_jax.selectors.arguments import parse_selector
 
 
@@ -42,6 +42,32 @@ def test_only_the_asked_task_has_queries_for_the_needle_in_its_prompt():
         query, queries = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (problem.query, problem.queries))
         last[task] = np.einsum("phd,pnhd->n", query, queries)[-needles.ASKING :].mean()
     assert last["asked"] > 1.5 * last["new"]
+
+
+def test_decode_attention_takes_any_method(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.record.RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.record.environment", lambda commit: {"commit": commit, "device": "a", "jax": "b"})
+    monkeypatch.setattr("benchmarks.timing.STEPS", 2)
+    methods = ["quest:page=16,budget=128", "h2o:budget=128", "magicpig:bits=6,tables=8", "rabitq:top_p=0.9"]
+    arguments = ["--suite", "small", *(x for method in methods for x in ("--method", method)), "--commit", "abc"]
+    CliRunner().invoke(decode_attention.main, arguments, catch_exceptions=False)
+    rows = json.loads((tmp_path / "cpu" / "decode_attention_methods.json").read_text())
+    assert [row["implementation"] for row in rows] == 2 * methods
+    assert [row["error"] is None for row in rows] == 2 * [False, False, True, False]
+    for row in rows:
+        dense = row["dense"]["xla"]
+        assert 0 < row["kept"] < 1 and 0 < row["true_mass"] < 1 and 0 < row["bytes"] < 1.3 * dense["bytes"]
+    ragged = [row for row in rows if "ragged" in row["case"]]
+    assert [len(row["kept_by_sequence"]) for row in ragged] == [2] * len(methods)
+    # A kv head attends to what any of its four query heads has chosen.
+    assert 128 / (2048 - 192) < rows[0]["kept"] < 4.5 * 128 / (2048 - 192)
+    lines = selectors_report.time_table(rows).split("\n")
+    assert len(lines) == 2 + len(rows) and "`quest:page=16,budget=128`" in lines[2]
+
+
+def test_other_benchmarks_take_no_method():
+    result = CliRunner().invoke(scores.main, ["--method", "full"])
+    assert result.exit_code == 2 and "takes no --method" in result.output
 
 
 def test_every_method_can_be_read():
