@@ -53,12 +53,6 @@ class _Split:
         """First tile of a program."""
         return program * self.each + jnp.minimum(program, self.more)
 
-    def program(self, tile):
-        """The program that attends a tile."""
-        longer = self.more * (self.each + 1)
-        behind = self.more + (tile - longer) // jnp.maximum(self.each, 1)
-        return jnp.where(tile < longer, tile // (self.each + 1), behind)
-
     def row_of(self, tile):
         """The list that a tile belongs to."""
         return jnp.sum((self.ends <= tile).astype(jnp.int32))
@@ -76,28 +70,28 @@ class _Split:
 
 
 def for_each_list(counts_ref, work: "Work", body):
-    """Run `body(head, place, count, first, stop)` for the lists of this program: the place of its part, the list's
-    tokens, and the tiles of the list that are this program's."""
+    """Run `body(head, place, count, first, stop, is_last)` for the lists of this program: the place of its part, the
+    list's tokens, the tiles of the list that are this program's, and whether no tile comes after them."""
     split = _Split.of(counts_ref, work.tile, work.programs)
     program = pl.program_id(0)
     start, stop = split.start(program), split.start(program + 1)
 
     def one_list(head, _):
-        first, last = split.tiles_of(head)
-        body(
-            head, program + head, split.count(head), jnp.maximum(start, first) - first, jnp.minimum(stop, last) - first
-        )
+        begin, end = split.tiles_of(head)
+        mine = jnp.maximum(start, begin) - begin, jnp.minimum(stop, end) - begin
+        body(head, program + head, split.count(head), *mine, stop >= end)
 
     first, last = split.row_of(start), split.row_of(stop - 1)
     jax.lax.fori_loop(first, jnp.where(start < stop, last + 1, first), one_list, None)
 
 
 def _attend_kernel(
-    counts_ref, query_ref, keys_ref, values_ref, indices_ref, peak_ref, total_ref, out_ref, logits_ref=None,
+    counts_ref, query_ref, keys_ref, values_ref, indices_ref, ends_ref, peak_ref, total_ref, out_ref, logits_ref=None,
     *, work, softmax_scale,
 ):  # fmt: skip
-    """counts [R], query [R,G,D], keys and values [R,T,D], indices [R,S] -> peak and total [N,M], out [N,M,Dp] of the
-    parts; and, if asked for, the logits [R,G,S] of the lists' tokens."""
+    """counts [R], query [R,G,D], keys and values [R,T,D], indices [R,S] -> places of the lists' first and last parts
+    [R,2], peak and total [N,M], out [N,M,Dp] of the parts; and, if asked for, the logits [R,G,S] of the lists' tokens.
+    """
     group, head_dim = query_ref.shape[1:]
     rows, columns = product_shape(group, head_dim)
     tile = work.tile
@@ -107,7 +101,15 @@ def _attend_kernel(
         at = (head + 0 * dim, index[:, None] + 0 * dim, dim)
         return _pallas.load_masked(ref, at, valid[:, None] & (dim < head_dim))
 
-    def attend_list(head, place, count, first, stop):
+    def attend_list(head, place, count, first, stop, is_last):
+        @pl.when(first == 0)
+        def _():
+            ends_ref[head, 0] = place
+
+        @pl.when(is_last)
+        def _():
+            ends_ref[head, 1] = place
+
         query = load_query(query_ref, keys_ref.dtype, head)
 
         def attend_tile(i, state):
@@ -141,15 +143,13 @@ def _attend_kernel(
     for_each_list(counts_ref, work, attend_list)
 
 
-def _combine_kernel(counts_ref, peak_ref, total_ref, partial_ref, *refs, work):
-    """counts [R], peak and total [N,M], partial [N,M,Dp], and sums [N,J,H] if there are any -> out [C], some columns of
-    a query head, zero if its list is empty; and the head's sums [J]."""
-    head, row, some = (pl.program_id(axis) for axis in range(3))
-    split = _Split.of(counts_ref, work.tile, work.programs)
-    first_tile, last_tile = split.tiles_of(head)
-    first = split.program(first_tile)
+def _combine_kernel(count_ref, ends_ref, peak_ref, total_ref, partial_ref, *refs, work):
+    """count [], ends [2], peak and total [N,M], partial [N,M,Dp], and sums [N,J,H] if there are any -> out [C], some
+    columns of a query head, zero if its list is empty; and the head's sums [J]."""
+    row, some = pl.program_id(1), pl.program_id(2)
+    first = ends_ref[0]
     # The parts of an empty list were not written.
-    parts = jnp.where(first_tile < last_tile, split.program(last_tile - 1) - first + 1, 0)
+    parts = jnp.where(count_ref[...] > 0, ends_ref[1] - first + 1, 0)
     out_ref = refs[-1] if len(refs) == 1 else refs[1]
     columns, at_once = out_ref.shape[0], work.combined_parts
     part = jnp.arange(at_once, dtype=jnp.int32)
@@ -158,7 +158,7 @@ def _combine_kernel(counts_ref, peak_ref, total_ref, partial_ref, *refs, work):
     def add(i, state):
         peak, total, out = state
         valid = i * at_once + part < parts
-        place = head + first + i * at_once + part
+        place = first + i * at_once + part
         peaks = _pallas.load_masked(peak_ref, (place, row + 0 * part), valid, LOWEST)
         totals = _pallas.load_masked(total_ref, (place, row + 0 * part), valid)
         at = (place[:, None] + 0 * column, row + 0 * column, column)
@@ -182,7 +182,7 @@ def _combine_kernel(counts_ref, peak_ref, total_ref, partial_ref, *refs, work):
         def add(i, sums):
             place = i * at_once + part
             valid = jnp.broadcast_to((place < parts)[:, None], kind.shape)
-            at = ((head + first + place)[:, None] + 0 * kind, kind, row + 0 * kind)
+            at = ((first + place)[:, None] + 0 * kind, kind, row + 0 * kind)
             return sums + jnp.sum(_pallas.load_masked(sums_of_parts_ref, at, valid), axis=0)
 
         zero = jnp.zeros(sums_ref.shape, jnp.float32)
@@ -224,8 +224,8 @@ def gathered_attention(query, keys, values, indices, counts, *, softmax_scale, d
 
 
 def attend(query, keys, values, indices, counts, *, softmax_scale, with_logits):
-    """Returns Work, and of its parts peaks, totals and outputs, for `combine`; then, if asked for, the listed tokens'
-    logits in the lists' order, float32 [R,G,S]."""
+    """Returns Work, and for `combine` where each list's parts are, and their peaks, totals and outputs; then, if asked
+    for, the listed tokens' logits in the lists' order, float32 [R,G,S]."""
     batch, kv_heads, group, head_dim = query.shape
     heads = batch * kv_heads
     rows, columns = product_shape(group, head_dim)
@@ -239,7 +239,10 @@ def attend(query, keys, values, indices, counts, *, softmax_scale, with_logits):
         functools.partial(_attend_kernel, work=work, softmax_scale=softmax_scale),
         name="gathered_attention",
         grid=(programs,),
-        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        out_shape=[
+            jax.ShapeDtypeStruct((heads, 2), jnp.int32),
+            *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
+        ],
     )(*(by_row(x) for x in (counts, query, keys, values, indices)))
 
 
@@ -265,7 +268,11 @@ def combine(work: Work, counts, shape, partial, sums=None, *, dtype):
         functools.partial(_combine_kernel, work=work),
         name="combine_parts",
         grid=(batch * kv_heads, group, columns // some),
-        in_specs=[pl.BlockSpec(x.shape, functools.partial(_origin, x.ndim)) for x in inputs],
+        in_specs=[
+            pl.BlockSpec((None,), lambda row, g, part: (row,)),
+            pl.BlockSpec((None, 2), lambda row, g, part: (row, 0)),
+            *(pl.BlockSpec(x.shape, functools.partial(_origin, x.ndim)) for x in inputs[2:]),
+        ],
         out_specs=out_specs,
         out_shape=out_shape,
     )(*inputs)

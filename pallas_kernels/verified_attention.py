@@ -63,7 +63,7 @@ def _kernel(
     """counts [R], indices [R,S], logits [R,G,S], quantized [B], limits [R,H,J], scale [R,T], estimates [R,G,T] of
     scores or [R,G,T/4] of bins -> sums [N,KINDS,H] of the parts."""
 
-    def sum_list(head, place, count, first, stop):
+    def sum_list(head, place, count, first, stop, _):
         found = _Found(constants, head, quantized_ref, limits_ref, scale_ref, estimates_ref)
 
         def sum_tokens(i, sums):

@@ -56,7 +56,7 @@ def errors(query, keys, query_mean, rng_keys, config):
         )
         scores = proxy_scores(grouped, quantized, codes, jnp.array([TOKENS]), softmax_scale=softmax_scale)
         noise = error_model.noise_gain(
-            grouped, quantized, codes, softmax_scale=softmax_scale, rounding=config.query_rounding
+            grouped, quantized.step, codes, softmax_scale=softmax_scale, rounding=config.query_rounding
         )
         return (scores[0, 0] - exact) / error_model.error_bound(noise, codes.scale, eps0=1.0)[0, 0]
 
