@@ -63,6 +63,11 @@ def sections() -> dict[str, str]:
         made["sweep"] = "\n\n".join([paragraph(f"{provenance(sweep, 'sweep.json', 'results')}:"), sweep_table(sweep)])
     if has("certificate.json"):
         made["certificate"] = certificate(read("certificate.json"))
+    if has("decode_attention_certified.json"):
+        rules = {"plain": "", "debiased": "_debiased", "certified": "_certified"}
+        files = {rule: f"decode_attention{suffix}.json" for rule, suffix in rules.items()}
+        measured = {rule: read(name) for rule, name in files.items() if has(name)}
+        made["selection-times"] = part(speed_report.selections(measured))
     if has("selectors.json"):
         made["selectors"] = selectors(read("selectors.json"))
     if has("decode_attention_methods.json"):

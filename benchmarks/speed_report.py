@@ -48,6 +48,29 @@ def decode_attention(rows: list[Row]) -> tuple[str, list[str]]:
     return about, table(head, lines)
 
 
+def selections(measured: dict[str, list[Row]]) -> tuple[str, list[str]]:
+    """What is said of the table of a decode step by each selection rule, and its lines; a case a few lines."""
+    about = (
+        "**A decode step of one layer by each selection**, on caches planted so that each attends to as many tokens "
+        f"({provenance(measured['certified'], 'decode_attention_certified.json')}, and the files beside it). Planted "
+        "tokens end at a cliff, so that certified selection takes its second round here in most heads, which real ones "
+        "seldom do."
+    )
+    head = ("case", "selection", "attended", "mass held", "kernels, µs", "RaBitQ, µs", "faster dense, µs", "over plain")
+    lines = []
+    for case in (row["case"] for row in measured["certified"]):
+        rows = {rule: row for rule, rows in measured.items() for row in rows if row["case"] == case}
+        for rule, row in rows.items():
+            extra = row["wall_us"]["median"] / rows["plain"]["wall_us"]["median"] - 1
+            lines.append(
+                (
+                    label(row), rule, f"{row['kept']:.1%}", f"{row['true_mass']:.1%}", spread(row["kernel_us"]),
+                    f"{row['wall_us']['median']:.0f}", f"{best_dense(row):.0f}", f"{extra:.0%}" if extra else "",
+                )
+            )  # fmt: skip
+    return about, table(head, lines)
+
+
 def operation(rows: list[Row], name: str) -> tuple[str, list[str]]:
     """What is said of an operation's table, and its lines."""
     head = (

@@ -17,7 +17,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas
 from pallas_kernels.debiased_mass import deviation
@@ -26,8 +25,6 @@ from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT
 
 # Sums over the list's tokens that a query head found itself, but for the first two; see `verified_attention`.
 KINDS = 8
-# At a time: several tiles, since a token's terms are a long chain of operations.
-TOKENS = 256
 ERFC = (
     -1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398, 1.48851587, -0.82215223,
     0.17087277,
@@ -66,18 +63,17 @@ def _kernel(
     def sum_list(head, place, count, first, stop, _):
         found = _Found(constants, head, quantized_ref, limits_ref, scale_ref, estimates_ref)
 
-        def sum_tokens(i, sums):
-            slot = first * work.tile + i * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
-            valid = slot < jnp.minimum(count, stop * work.tile)
+        def sum_tile(i, sums):
+            slot = i * work.tile + jnp.arange(work.tile, dtype=jnp.int32)
+            valid = slot < count
             token = _pallas.load_masked(indices_ref, (head + 0 * slot, slot), valid)
             row = found.row[:, None] + 0 * slot[None, :]
             at = (head + 0 * row, row, slot[None, :] + 0 * row)
             valid_row = valid[None, :] & (row < found.group)
             return found.add(sums, _pallas.load_masked(logits_ref, at, valid_row), token, valid)
 
-        zero = jnp.zeros((found.row.shape[0], TOKENS), jnp.float32)
-        rounds = pl.cdiv((stop - first) * work.tile, TOKENS)
-        for i, total in enumerate(jax.lax.fori_loop(0, rounds, sum_tokens, (zero,) * KINDS)):
+        zero = jnp.zeros((found.row.shape[0], work.tile), jnp.float32)
+        for i, total in enumerate(jax.lax.fori_loop(first, stop, sum_tile, (zero,) * KINDS)):
             sums_ref[place, i, :] = jnp.sum(total, axis=1)
 
     for_each_list(counts_ref, work, sum_list)
@@ -188,7 +184,6 @@ def verified_attention(
     sums = _pallas.call(
         functools.partial(_kernel, work=work, constants=constants),
         name="found_tokens",
-        num_warps=8,
         grid=(work.programs,),
         out_shape=jax.ShapeDtypeStruct((work.parts, KINDS, rows), jnp.float32),
     )(by_row(counts), by_row(indices), logits, quantized, *(by_row(x) for x in (limits, scale, estimates)))
