@@ -4,6 +4,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from benchmarks import speed_report
 from benchmarks.quality.plots import scale_shares
 from benchmarks.quality.report import cells, unique
 
@@ -51,7 +52,7 @@ def time_table(rows: list[dict[str, Any]]) -> str:
     lines = [cells(head), cells(["---", "---", *["---:"] * (len(head) - 2)])]
     for row in rows:
         dense = min(row["dense"].values(), key=lambda times: times["wall_us"]["median"])
-        line = [row["case"], f"`{row['implementation']}`"]
+        line = [speed_report.label(row), f"`{row['implementation']}`"]
         line += [f"{row[name]['median']:.0f}" for name in ("kernel_us", "wall_us")]
         line += [f"{dense['wall_us']['median']:.0f}", f"{row['bytes'] / dense['bytes']:.1%}"]
         lines.append(cells([*line, f"{row['kept']:.1%}", f"{row['true_mass']:.1%}"]))

@@ -27,6 +27,7 @@ LANE_TOKENS = 16
 PASS_TOKENS = LANE_TOKENS * m.WARPGROUP
 # Passes of a block: so many that the blocks are on the device all at once, and still fill it.
 BLOCKS, LARGEST_PASSES = 640, 6
+LIMITS = certified.LIMITS
 
 
 def passes(rows: int, tokens: int) -> int:
@@ -90,9 +91,6 @@ def compact_given(bins, limits, rows, scale, state, quantized, length, *, sink: 
     return _call(rule, (limits, rows, scale), bins, limits.shape[2], state, quantized, length, (), sink=sink)
 
 
-LIMITS = certified.LIMITS
-
-
 def _call(rule, inputs, bins, heads: int, state, quantized, length, reports, *, sink: int):
     batch, kv_heads, group, quarter = bins.shape
     rows, tokens = batch * kv_heads, 4 * quarter
@@ -123,7 +121,7 @@ class _Sizes:
     blocks: int
     state_words: int
     sink: int
-    rule: "_TopP | _Weights | _Given"
+    rule: "_Rule"
 
     @property
     def block_tokens(self) -> int:
@@ -203,15 +201,33 @@ def _load_floats(arrays, place):
     return [m.as_float(m.load(m.address(x, place))[0]) for x in arrays]
 
 
+class _Rule:
+    """What a head keeps. `INPUTS` arrays say it, beside the bins; in shared memory it is `WORDS` words, the first being
+    how many bins are kept."""
+
+    INPUTS: int
+    WORDS: int
+
+    def length(self, inputs, row, length):
+        """Tokens of the row that may be listed, of those of its sequence."""
+        del inputs, row
+        return length
+
+    def find(self, inputs, place, head, lane, scored, state: State):
+        """A head's words, the same in all lanes; and a function of the arrays of reports and the place there."""
+        raise NotImplementedError
+
+    def more(self, sizes: "_Sizes", inputs, row, token, words, kept, shared):
+        """16 bits, of tokens that are kept besides; None where the rule has no such tokens."""
+        del sizes, inputs, row, token, words, kept, shared
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _TopP:
+class _TopP(_Rule):
     """Bins that hold a share of the estimated mass."""
 
     top_p: float
     INPUTS, WORDS = 2, 1
-
-    def length(self, inputs, row, length):
-        return length
 
     def find(self, inputs, place, head, lane, scored, state: State):
         top, lse = _load_floats(inputs, place)
@@ -225,11 +241,8 @@ class _TopP:
 
         return [kept], report
 
-    def more(self, sizes, inputs, row, token, words, kept, shared):
-        return None
 
-
-class _ByDeviation:
+class _ByDeviation(_Rule):
     """Bins kept for all tokens, and more for those whose scores could be those of single tokens of great weight."""
 
     WORDS = 3
@@ -240,7 +253,6 @@ class _ByDeviation:
         return True
 
     def more(self, sizes: _Sizes, inputs, row, token, words, kept, shared):
-        """16 bits, of tokens that are kept for their deviation; None where the rule has no such tokens."""
         if not self.margin:
             return None
         depths, gains = (
@@ -282,9 +294,6 @@ class _Weights(_ByDeviation):
     @property
     def margin(self) -> bool:
         return self.rule.certified
-
-    def length(self, inputs, row, length):
-        return length
 
     def find(self, inputs, place, head, lane, scored, state: State):
         top, lse, noise = _load_floats(inputs[:3], place)
