@@ -2,7 +2,7 @@
 
     python -m benchmarks.decode_attention --suite context      # writes benchmarks/results/decode_attention.json
     python -m benchmarks.decode_attention --suite context --selection certified      # ..._certified.json
-    python -m benchmarks.decode_attention --method quest:page=16,budget=1024 --method kivi       # ..._selectors.json
+    python -m benchmarks.decode_attention --suite context --method quest:page=16,budget=1024      # ..._methods.json
 
 Kernel time is that of choosing the tokens, from the query on, and of attending to them. Wall time is that of
 `attention.decode`, which appends the new token and quantizes, or updates the method's state, besides; the dense

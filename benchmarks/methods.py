@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from benchmarks.exact import attended, exact_logits
 from benchmarks.planting import ROUNDING_KEY, with_codes
+from benchmarks.timing import NO_CUDA_GRAPHS
 from rabitq_jax import RaBitQConfig, attention
 from rabitq_jax.cache import LayerCache, init_state
 from rabitq_jax.selectors import KIVI, Attended, CacheShape, MagicPIG, Selector, SparQ, Step
@@ -109,7 +110,8 @@ def attend(query: jax.Array, cache: LayerCache, below: LayerCache | None = None,
     return result.out, result.selection, result.bytes_read
 
 
-@functools.partial(jax.jit, static_argnames="method")
+# Kernels of a branch inside of a CUDA graph are in no profile.
+@functools.partial(jax.jit, static_argnames="method", compiler_options=NO_CUDA_GRAPHS)
 def timed_part(query: jax.Array, cache: LayerCache, below: LayerCache | None = None, *, method: Method):
     """Output and state alone: a list that is only reported, as full attention's is, would take its time."""
     result = _attend(query, cache, below, method)

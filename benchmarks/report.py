@@ -63,12 +63,17 @@ def sections() -> dict[str, str]:
         made["sweep"] = "\n\n".join([paragraph(f"{provenance(sweep, 'sweep.json', 'results')}:"), sweep_table(sweep)])
     if has("certificate.json"):
         made["certificate"] = certificate(read("certificate.json"))
+    if has("decode_attention_certified.json"):
+        rules = {"plain": "", "debiased": "_debiased", "certified": "_certified"}
+        files = {rule: f"decode_attention{suffix}.json" for rule, suffix in rules.items()}
+        measured = {rule: read(name) for rule, name in files.items() if has(name)}
+        made["selection-times"] = part(speed_report.selections(measured))
     if has("selectors.json"):
         made["selectors"] = selectors(read("selectors.json"))
+    if has("decode_attention_methods.json"):
+        made["method-times"] = method_times(read("decode_attention_methods.json"))
     if has("methods.json"):
         made["methods"] = methods(read("methods.json"))
-    if has("decode_attention_selectors.json"):
-        made["decode-methods"] = part(speed_report.decode_methods(read("decode_attention_selectors.json")))
     measured = [name for name in OPERATIONS if has(f"{name}.json")]
     if measured:
         made["operations"] = "\n\n".join(part(speed_report.operation(read(f"{name}.json"), name)) for name in measured)
@@ -190,6 +195,18 @@ def selectors(measured: dict[str, Any]) -> str:
     )
     picture = "![True attention captured, and needles answered, against bytes read](benchmarks/results/selectors.png)"
     return "\n\n".join([paragraph(about), selectors_report.table(measured), picture])
+
+
+def method_times(rows: list[dict[str, Any]]) -> str:
+    """Every method's decode step."""
+    one = {"environment": rows[0] | {"command": "python -m benchmarks.decode_attention --suite ... --method ..."}}
+    about = (
+        f"**A decode step of every method** ({provenance(one, 'decode_attention_methods.json', 'results')}), on caches "
+        "planted so that RaBitQ keeps 3 %. Choosing and attending; wall time also appends the token and keeps the "
+        "method's state. Only RaBitQ's scores and Top-p are kernels: other methods score in XLA, select by a sort, and "
+        "share the gathered attention."
+    )
+    return "\n\n".join([paragraph(about), selectors_report.time_table(rows)])
 
 
 def methods(measured: dict[str, Any]) -> str:

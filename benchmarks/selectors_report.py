@@ -4,6 +4,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from benchmarks import speed_report
 from benchmarks.quality.plots import scale_shares
 from benchmarks.quality.report import cells, unique
 
@@ -33,6 +34,28 @@ def table(content: dict[str, Any]) -> str:
         on_front = sum(point["method"] in front for point in points)
         line.append(f"{on_front} of {len(points)}" if competes(name) else "")
         lines.append(cells(line))
+    return "\n".join(lines)
+
+
+def time_table(rows: list[dict[str, Any]]) -> str:
+    """A line a method and case of `python -m benchmarks.decode_attention --method ...`."""
+    head = [
+        "case",
+        "method",
+        "kernels, µs",
+        "wall, µs",
+        "best dense, wall, µs",
+        "bytes of dense",
+        "tokens",
+        "mass held",
+    ]
+    lines = [cells(head), cells(["---", "---", *["---:"] * (len(head) - 2)])]
+    for row in rows:
+        dense = min(row["dense"].values(), key=lambda times: times["wall_us"]["median"])
+        line = [speed_report.label(row), f"`{row['implementation']}`"]
+        line += [f"{row[name]['median']:.0f}" for name in ("kernel_us", "wall_us")]
+        line += [f"{dense['wall_us']['median']:.0f}", f"{row['bytes'] / dense['bytes']:.1%}"]
+        lines.append(cells([*line, f"{row['kept']:.1%}", f"{row['true_mass']:.1%}"]))
     return "\n".join(lines)
 
 

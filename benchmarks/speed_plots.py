@@ -11,7 +11,7 @@ from benchmarks.speed_report import Row, best_dense, label, thousands, tokens_of
 STAGES = {
     "scores": ("score_bins", "scores"),
     "selection": ("compact", "top_p"),
-    "attention": ("gathered_attention", "combine_splits"),
+    "attention": ("gathered_attention", "combine_parts"),
 }
 REST = "query, sinks and window"
 

@@ -33,7 +33,7 @@ def command(
 
     Args:
       selections: rules that may be asked for; others than the default write results/`operation`_`rule`.json.
-      measure_methods: what --method asks for, which writes results/`operation`_selectors.json; None takes no --method.
+      measure_methods: what --method asks for, which writes results/`operation`_methods.json; None takes no --method.
     """
 
     @click.command(name=operation, help=about.split("\n")[0])
@@ -50,7 +50,7 @@ def command(
         name = operation if selection == DEFAULT.selection else f"{operation}_{selection}"
         run = measure
         if methods and measure_methods is not None:
-            name, run = f"{operation}_selectors", functools.partial(measure_methods, methods=methods)
+            name, run = f"{operation}_methods", functools.partial(measure_methods, methods=methods)
         suites = suites or ("context" if on_gpu() else "small",)
         cases = [case for suite in suites for case in SUITES[suite] if not tokens or case.shape.tokens in tokens]
         bandwidth = timing.bandwidth()

@@ -231,6 +231,11 @@ def shuffle_up(x, lanes: int) -> ir.Value:
     return _shuffle("up", x, lanes, 0)
 
 
+def shuffle_down(x, lanes: int) -> ir.Value:
+    """The value of the lane that is `lanes` behind; the lane's own where there is none."""
+    return _shuffle("down", x, lanes, 0x1F)
+
+
 def shuffle(x, lane: int) -> ir.Value:
     """The value of one lane."""
     return _shuffle("idx", x, lane, 0x1F)
@@ -260,6 +265,12 @@ def add_global_pair(at, low, high) -> None:
     """Add to two neighbouring words of global memory, of which the first does not overflow; nothing where high is 0."""
     text = "{ .reg .pred p; .reg .b64 x; setp.ne.s32 p, $2, 0; mov.b64 x, {$1, $2}; @p red.global.add.u64 [$0], x; }"
     ptx(text, [at, low, high], effects=True)
+
+
+def add_global_wide(at, x) -> None:
+    """Add x to a 64-bit word of global memory; atomic."""
+    text = "{ .reg .pred p; .reg .b64 w; setp.ne.s32 p, $1, 0; cvt.u64.u32 w, $1; @p red.global.add.u64 [$0], w; }"
+    ptx(text, [at, x], effects=True)
 
 
 def max_global(at, x) -> None:
@@ -326,6 +337,15 @@ def exp2(x) -> ir.Value:
     return ptx("ex2.approx.ftz.f32 $0, $1;", [x], "f")[0]
 
 
+def log2(x) -> ir.Value:
+    """The logarithm, to 2^-22."""
+    return ptx("lg2.approx.ftz.f32 $0, $1;", [x], "f")[0]
+
+
+def square_root(x) -> ir.Value:
+    return ptx("sqrt.approx.ftz.f32 $0, $1;", [x], "f")[0]
+
+
 def fma(a, b, c) -> ir.Value:
     """a b + c in f32, rounded once."""
     return ptx("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], "f")[0]
@@ -347,6 +367,16 @@ def when(condition, body) -> None:
     with ir.InsertionPoint(branch.then_block):
         body()
         scf.yield_([])
+
+
+def update(condition, carried, body) -> list[ir.Value]:
+    """body(carried) where the condition holds, and carried elsewhere; carried is a list."""
+    branch = scf.IfOp(condition, [x.type for x in carried], has_else=True)
+    for block, run in ((branch.then_block, body), (branch.else_block, list)):
+        assert block is not None
+        with ir.InsertionPoint(block):
+            scf.yield_(run(carried))
+    return list(branch.results)
 
 
 def loop(count, carried, body) -> list[ir.Value]:

@@ -1,11 +1,15 @@
-"""Exact attention of one token over a list of cached tokens per kv head, split over the list and combined.
+"""Exact attention of one token over a list of cached tokens per kv head, split evenly over all lists and combined.
 
-    attend    program (kv head, split): an equal run of the list's tiles, whatever its length ->  peak, total, out
-    combine   program (kv head, query head, columns): all splits of a head, rescaled to the largest peak
+    attend    program: an equal run of the tiles of all lists, one after the other ->  a part for each list in it:
+              peak, total, out
+    combine   program (kv head, query head, columns): all parts of a head, rescaled to the largest peak
 
-The query heads of a kv head are the rows of one matrix product, padded to 16. Lists may be empty or hold every token.
+A program that ends one list goes on with the next, so that the work is even however uneven the lists are: program p
+writes its part of list r to place p + r, of which no two are the same. The query heads of a kv head are the rows of one
+matrix product, padded to 16. Lists may be empty or hold every token.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -18,62 +22,171 @@ LEAST_ROWS = 16
 TILE = 64
 PROGRAMS = 512
 LOWEST = -1e30
-COMBINED_COLUMNS = 32
+COMBINED_COLUMNS, COMBINED_PARTS = 32, 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Split:
+    """Which program attends which tiles of R lists, numbered one list after the other.
+
+    Attributes:
+      row: int32 [power of two], numbers of lists; counts, ends: their tokens, and where the tiles of each end.
+      each, more: tiles of a program; the first `more` programs have one more.
+    """
+
+    row: jax.Array
+    counts: jax.Array
+    ends: jax.Array
+    each: jax.Array
+    more: jax.Array
+
+    @classmethod
+    def of(cls, counts_ref, tile: int, programs: int) -> "_Split":
+        rows = counts_ref.shape[0]
+        row = jnp.arange(_pallas.power_of_two(rows), dtype=jnp.int32)
+        counts = _pallas.load_masked(counts_ref, (row,), row < rows)
+        tiles = pl.cdiv(counts, tile)
+        total = jnp.sum(tiles)
+        return cls(row=row, counts=counts, ends=jnp.cumsum(tiles), each=total // programs, more=total % programs)
+
+    def start(self, program):
+        """First tile of a program."""
+        return program * self.each + jnp.minimum(program, self.more)
+
+    def row_of(self, tile):
+        """The list that a tile belongs to."""
+        return jnp.sum((self.ends <= tile).astype(jnp.int32))
+
+    def tiles_of(self, row):
+        """The first tile of a list, and the one behind its last."""
+        before = jnp.max(jnp.where(self.row < row, self.ends, 0))
+        return before, jnp.maximum(before, self._at(row, self.ends))
+
+    def count(self, row):
+        return self._at(row, self.counts)
+
+    def _at(self, row, numbers):
+        return jnp.sum(jnp.where(self.row == row, numbers, 0))
+
+
+def for_each_list(counts_ref, work: "Work", body):
+    """Run `body(head, place, count, first, stop, is_last)` for the lists of this program: the place of its part, the
+    list's tokens, the tiles of the list that are this program's, and whether no tile comes after them."""
+    split = _Split.of(counts_ref, work.tile, work.programs)
+    program = pl.program_id(0)
+    start, stop = split.start(program), split.start(program + 1)
+
+    def one_list(head, _):
+        begin, end = split.tiles_of(head)
+        mine = jnp.maximum(start, begin) - begin, jnp.minimum(stop, end) - begin
+        body(head, program + head, split.count(head), *mine, stop >= end)
+
+    first, last = split.row_of(start), split.row_of(stop - 1)
+    jax.lax.fori_loop(first, jnp.where(start < stop, last + 1, first), one_list, None)
 
 
 def _attend_kernel(
-    count_ref, query_ref, keys_ref, values_ref, indices_ref, peak_ref, total_ref, out_ref, logits_ref=None,
-    *, splits, tile, softmax_scale,
+    counts_ref, query_ref, keys_ref, values_ref, indices_ref, ends_ref, peak_ref, total_ref, out_ref, logits_ref=None,
+    *, work, softmax_scale,
 ):  # fmt: skip
-    """count [], query [G,D], keys and values [T,D], indices [S] -> peak and total [M], out [M,Dp] of this split; and,
-    if asked for, the logits [G,S] of the list's tokens."""
-    head_dim = keys_ref.shape[1]
-    rows, columns = product_shape(*query_ref.shape)
-    count = count_ref[...]
-    tiles = pl.cdiv(count, tile)
-    split = pl.program_id(1)
-    first, stop = split * tiles // splits, (split + 1) * tiles // splits
-    query = load_query(query_ref, keys_ref.dtype)
+    """counts [R], query [R,G,D], keys and values [R,T,D], indices [R,S] -> places of the lists' first and last parts
+    [R,2], peak and total [N,M], out [N,M,Dp] of the parts; and, if asked for, the logits [R,G,S] of the lists' tokens.
+    """
+    group, head_dim = query_ref.shape[1:]
+    rows, columns = product_shape(group, head_dim)
+    tile = work.tile
     dim = jax.lax.broadcasted_iota(jnp.int32, (tile, columns), 1)
 
-    def load_rows(ref, index, valid):
-        at = (index[:, None] + 0 * dim, dim)
+    def load_rows(ref, head, index, valid):
+        at = (head + 0 * dim, index[:, None] + 0 * dim, dim)
         return _pallas.load_masked(ref, at, valid[:, None] & (dim < head_dim))
 
-    def attend_tile(i, state):
+    def attend_list(head, place, count, first, stop, is_last):
+        @pl.when(first == 0)
+        def _():
+            ends_ref[head, 0] = place
+
+        @pl.when(is_last)
+        def _():
+            ends_ref[head, 1] = place
+
+        query = load_query(query_ref, keys_ref.dtype, head)
+
+        def attend_tile(i, state):
+            peak, total, out = state
+            slot = i * tile + jnp.arange(tile, dtype=jnp.int32)
+            valid = slot < count
+            index = _pallas.load_masked(indices_ref, (head + 0 * slot, slot), valid)
+            logits = softmax_scale * _pallas.dot(query, load_rows(keys_ref, head, index, valid).T)
+            # Minus infinity comes from a key or query that is not finite, and would pass as a token without weight.
+            logits = jnp.where(valid[None, :], jnp.where(logits == -jnp.inf, jnp.nan, logits), LOWEST)
+            if logits_ref is not None:
+                row, column = (jax.lax.broadcasted_iota(jnp.int32, (rows, tile), axis) for axis in (0, 1))
+                listed = (row < group) & valid[None, :]
+                _pallas.store_masked(logits_ref, (head + 0 * row, row, i * tile + column), logits, listed)
+            new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
+            decay = jnp.exp(peak - new_peak)
+            weights = jnp.where(valid[None, :], jnp.exp(logits - new_peak[:, None]), 0.0)
+            values = load_rows(values_ref, head, index, valid)
+            out = out * decay[:, None] + _pallas.dot(weights.astype(values.dtype), values)
+            return new_peak, total * decay + jnp.sum(weights, axis=1), out
+
+        state = (
+            jnp.full((rows,), LOWEST, jnp.float32),
+            jnp.zeros((rows,), jnp.float32),
+            jnp.zeros((rows, columns), jnp.float32),
+        )
+        peak_ref[place, :], total_ref[place, :], out_ref[place, :, :] = jax.lax.fori_loop(
+            first, stop, attend_tile, state
+        )
+
+    for_each_list(counts_ref, work, attend_list)
+
+
+def _combine_kernel(count_ref, ends_ref, peak_ref, total_ref, partial_ref, *refs, work):
+    """count [], ends [2], peak and total [N,M], partial [N,M,Dp], and sums [N,J,H] if there are any -> out [C], some
+    columns of a query head, zero if its list is empty; and the head's sums [J]."""
+    row, some = pl.program_id(1), pl.program_id(2)
+    first = ends_ref[0]
+    # The parts of an empty list were not written.
+    parts = jnp.where(count_ref[...] > 0, ends_ref[1] - first + 1, 0)
+    out_ref = refs[-1] if len(refs) == 1 else refs[1]
+    columns, at_once = out_ref.shape[0], work.combined_parts
+    part = jnp.arange(at_once, dtype=jnp.int32)
+    column = some * columns + jax.lax.broadcasted_iota(jnp.int32, (at_once, columns), 1)
+
+    def add(i, state):
         peak, total, out = state
-        slot = i * tile + jnp.arange(tile, dtype=jnp.int32)
-        valid = slot < count
-        index = _pallas.load_masked(indices_ref, (slot,), valid)
-        logits = softmax_scale * _pallas.dot(query, load_rows(keys_ref, index, valid).T)
-        # Minus infinity comes from a key or query that is not finite, and would pass as a token without weight.
-        logits = jnp.where(valid[None, :], jnp.where(logits == -jnp.inf, jnp.nan, logits), LOWEST)
-        if logits_ref is not None:
-            row, column = (jax.lax.broadcasted_iota(jnp.int32, (rows, tile), axis) for axis in (0, 1))
-            listed = (row < query_ref.shape[0]) & valid[None, :]
-            _pallas.store_masked(logits_ref, (row, i * tile + column), logits, listed)
-        new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
-        decay = jnp.exp(peak - new_peak)
-        weights = jnp.where(valid[None, :], jnp.exp(logits - new_peak[:, None]), 0.0)
-        values = load_rows(values_ref, index, valid)
-        out = out * decay[:, None] + _pallas.dot(weights.astype(values.dtype), values)
-        return new_peak, total * decay + jnp.sum(weights, axis=1), out
+        valid = i * at_once + part < parts
+        place = first + i * at_once + part
+        peaks = _pallas.load_masked(peak_ref, (place, row + 0 * part), valid, LOWEST)
+        totals = _pallas.load_masked(total_ref, (place, row + 0 * part), valid)
+        at = (place[:, None] + 0 * column, row + 0 * column, column)
+        partial = _pallas.load_masked(partial_ref, at, jnp.broadcast_to(valid[:, None], column.shape))
+        new_peak = jnp.maximum(peak, jnp.max(peaks))
+        decay, weight = jnp.exp(peak - new_peak), jnp.exp(peaks - new_peak)
+        out = out * decay + jnp.sum(weight[:, None] * partial, axis=0)
+        return new_peak, total * decay + jnp.sum(weight * totals), out
 
-    state = (
-        jnp.full((rows,), LOWEST, jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
-        jnp.zeros((rows, columns), jnp.float32),
-    )
-    peak_ref[...], total_ref[...], out_ref[...] = jax.lax.fori_loop(first, stop, attend_tile, state)
-
-
-def _combine_kernel(peak_ref, total_ref, partial_ref, out_ref):
-    """peak and total [splits], partial [splits,C] -> out [C], some columns; zero if every split was empty."""
-    peak = peak_ref[...]
-    weight = jnp.exp(peak - jnp.max(peak))
-    total = jnp.sum(weight * total_ref[...])
-    out = jnp.sum(weight[:, None] * partial_ref[...], axis=0)
+    state = jnp.float32(LOWEST), jnp.float32(0), jnp.zeros((columns,), jnp.float32)
+    _, total, out = jax.lax.fori_loop(0, pl.cdiv(parts, at_once), add, state)
     out_ref[...] = jnp.where(total == 0, 0.0, out / total).astype(out_ref.dtype)
+    if len(refs) == 1:
+        return
+
+    @pl.when(some == 0)
+    def _():
+        sums_of_parts_ref, _, sums_ref = refs
+        kind = jax.lax.broadcasted_iota(jnp.int32, (at_once, sums_ref.shape[0]), 1)
+
+        def add(i, sums):
+            place = i * at_once + part
+            valid = jnp.broadcast_to((place < parts)[:, None], kind.shape)
+            at = ((first + place)[:, None] + 0 * kind, kind, row + 0 * kind)
+            return sums + jnp.sum(_pallas.load_masked(sums_of_parts_ref, at, valid), axis=0)
+
+        zero = jnp.zeros(sums_ref.shape, jnp.float32)
+        sums_ref[...] = jax.lax.fori_loop(0, pl.cdiv(parts, at_once), add, zero)
 
 
 def product_shape(group, head_dim):
@@ -81,65 +194,92 @@ def product_shape(group, head_dim):
     return tuple(max(LEAST_ROWS, _pallas.power_of_two(size)) for size in (group, head_dim))
 
 
-def load_query(query_ref, dtype):
-    """Queries [G,D] as the rows of a product, zeros behind them."""
-    group, head_dim = query_ref.shape
-    shape = product_shape(group, head_dim)
-    row, dim = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    return _pallas.load_masked(query_ref, (row, dim), (row < group) & (dim < head_dim)).astype(dtype)
+def load_query(query_ref, dtype, *kv_head):
+    """Queries [G,D], or those of a kv head in [R,G,D], as the rows of a product, zeros behind them."""
+    group, head_dim = query_ref.shape[-2:]
+    row, dim = (jax.lax.broadcasted_iota(jnp.int32, product_shape(group, head_dim), axis) for axis in (0, 1))
+    at = (*(index + 0 * row for index in kv_head), row, dim)
+    return _pallas.load_masked(query_ref, at, (row < group) & (dim < head_dim)).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """How lists are split: tokens of a tile, programs, and parts N, one a program and list at most."""
+
+    tile: int
+    programs: int
+    parts: int
+
+    @property
+    def combined_parts(self) -> int:
+        """Parts combined at a time: those that a list has as a rule."""
+        each = self.programs // (self.parts - self.programs) + 2
+        return min(_pallas.power_of_two(each), COMBINED_PARTS)
 
 
 def gathered_attention(query, keys, values, indices, counts, *, softmax_scale, dtype):
     """`rabitq_jax.gathered_attention.gathered_attention_reference`."""
-    return _attend(query, keys, values, indices, counts, softmax_scale=softmax_scale, dtype=dtype, with_logits=False)[0]
+    work, partial = attend(query, keys, values, indices, counts, softmax_scale=softmax_scale, with_logits=False)
+    return combine(work, counts, query.shape, partial, dtype=dtype)
 
 
-def gathered_attention_and_logits(query, keys, values, indices, counts, *, softmax_scale):
-    """`gathered_attention`, and the listed tokens' logits in the list's order, float32 [B,K,G,S]."""
-    return _attend(
-        query, keys, values, indices, counts, softmax_scale=softmax_scale, dtype=jnp.float32, with_logits=True
-    )
-
-
-def _attend(query, keys, values, indices, counts, *, softmax_scale, dtype, with_logits):
+def attend(query, keys, values, indices, counts, *, softmax_scale, with_logits):
+    """Returns Work, and for `combine` where each list's parts are, and their peaks, totals and outputs; then, if asked
+    for, the listed tokens' logits in the lists' order, float32 [R,G,S]."""
     batch, kv_heads, group, head_dim = query.shape
     heads = batch * kv_heads
     rows, columns = product_shape(group, head_dim)
     # A tile's keys and values must fit into shared memory, where float32 takes three times the room (see _pallas.dot).
     tile = _pallas.block_of(indices.shape[-1], TILE if columns * keys.dtype.itemsize <= 512 else TILE // 2)
-    splits = min(_pallas.power_of_two(pl.cdiv(PROGRAMS, heads)), _pallas.power_of_two(indices.shape[-1] // tile))
-
-    def head(shape):
-        return pl.BlockSpec((None, None, *shape), lambda row, i: (row // kv_heads, row % kv_heads, *(0,) * len(shape)))
-
-    def part(*shape):
-        return pl.BlockSpec((None, None, *shape), lambda row, i: (row, i, *(0,) * len(shape)))
-
-    logits_shape = [jax.ShapeDtypeStruct((batch, kv_heads, group, indices.shape[-1]), jnp.float32)] * with_logits
-    peak, total, partial, *logits = _pallas.call(
-        functools.partial(_attend_kernel, splits=splits, tile=tile, softmax_scale=softmax_scale),
+    programs = min(PROGRAMS, heads * (indices.shape[-1] // tile))
+    work = Work(tile=tile, programs=programs, parts=programs + heads)
+    shapes = [(work.parts, rows), (work.parts, rows), (work.parts, rows, columns)]
+    shapes += [(heads, group, indices.shape[-1])] * with_logits
+    return work, _pallas.call(
+        functools.partial(_attend_kernel, work=work, softmax_scale=softmax_scale),
         name="gathered_attention",
-        grid=(heads, splits),
-        in_specs=[head(x.shape[2:]) for x in (counts, query, keys, values, indices)],
-        out_specs=[part(rows), part(rows), part(rows, columns)] + [head(x.shape[2:]) for x in logits_shape],
+        grid=(programs,),
         out_shape=[
-            jax.ShapeDtypeStruct((heads, splits, rows), jnp.float32),
-            jax.ShapeDtypeStruct((heads, splits, rows), jnp.float32),
-            jax.ShapeDtypeStruct((heads, splits, rows, columns), jnp.float32),
-            *logits_shape,
+            jax.ShapeDtypeStruct((heads, 2), jnp.int32),
+            *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
         ],
-    )(counts, query, keys, values, indices)
+    )(*(by_row(x) for x in (counts, query, keys, values, indices)))
 
+
+def by_row(x):
+    """An array [B,K,...] as [R,...]."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def combine(work: Work, counts, shape, partial, sums=None, *, dtype):
+    """Output [B,K,G,D] of queries of a shape; and, of sums float32 [N,J,H] over the tokens of the parts, H from G on,
+    those over the lists, float32 [B,K,G,J]."""
+    batch, kv_heads, group, head_dim = shape
+    columns = partial[-1].shape[-1]
     some = min(columns, COMBINED_COLUMNS)
-    one_row = pl.BlockSpec((None, splits, None), lambda row, g, part: (row, 0, g))
-    some_columns = pl.BlockSpec((None, splits, None, some), lambda row, g, part: (row, 0, g, part))
+    out_specs = [pl.BlockSpec((None, None, some), lambda row, g, part: (row, g, part))]
+    out_shape = [jax.ShapeDtypeStruct((batch * kv_heads, group, columns), dtype)]
+    if sums is not None:
+        kinds = sums.shape[1]
+        out_specs.append(pl.BlockSpec((None, None, kinds), lambda row, g, part: (row, g, 0)))
+        out_shape.append(jax.ShapeDtypeStruct((batch * kv_heads, group, kinds), jnp.float32))
+    inputs = [by_row(counts), *partial] + ([] if sums is None else [sums])
+    out, *sums = _pallas.call(
+        functools.partial(_combine_kernel, work=work),
+        name="combine_parts",
+        grid=(batch * kv_heads, group, columns // some),
+        in_specs=[
+            pl.BlockSpec((None,), lambda row, g, part: (row,)),
+            pl.BlockSpec((None, 2), lambda row, g, part: (row, 0)),
+            *(pl.BlockSpec(x.shape, functools.partial(_origin, x.ndim)) for x in inputs[2:]),
+        ],
+        out_specs=out_specs,
+        out_shape=out_shape,
+    )(*inputs)
+    out, *sums = (x.reshape(batch, kv_heads, group, -1) for x in (out, *sums))
+    return (out[..., :head_dim], *sums) if sums else out[..., :head_dim]
 
-    out = _pallas.call(
-        _combine_kernel,
-        name="combine_splits",
-        grid=(heads, group, columns // some),
-        in_specs=[one_row, one_row, some_columns],
-        out_specs=pl.BlockSpec((None, None, some), lambda row, g, part: (row, g, part)),
-        out_shape=jax.ShapeDtypeStruct((heads, group, columns), dtype),
-    )(peak, total, partial)
-    return (out.reshape(batch, kv_heads, group, columns)[..., :head_dim], *logits)
+
+def _origin(dimensions: int, *_):
+    """The block of an array that is taken whole."""
+    return (0,) * dimensions

@@ -7,30 +7,27 @@
 
 Every block finds the thresholds anew: that takes less than a launch. Lists are in ascending order.
 
-Mass is p or more. The mass of a bin's n tokens, over that of n tokens at its upper edge, lies between e^(-a w) and
-(1 - a) + a e^(-w), since exp is convex: w is the bin's width in nats, and a, from 0 to 1, the tokens' mean place below
-the edge. A kept bin counts with the lower bound, a dropped one with the upper; they are 0.2 % apart. Tokens above the
-first bin count as `mosaic_score_bins` has bounded them from below.
+Thresholds come from counts of scores (mosaic_top_p_threshold.py), or from the weights of scores with noise
+(mosaic_certified_threshold.py). The latter may keep a token in more bins than others, by its own deviation; few heads
+have such tokens, which are looked for only where a head's largest scales ask for it.
 """
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
-from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT, PLACES, State
+from pallas_kernels import mosaic_certified_threshold as certified
+from pallas_kernels import mosaic_top_p_threshold as t
+from pallas_kernels.mosaic_score_bins import BINS, State
 
-LANE_BINS = BINS // 32
 LANE_TOKENS = 16
 PASS_TOKENS = LANE_TOKENS * m.WARPGROUP
 # Passes of a block: so many that the blocks are on the device all at once, and still fill it.
 BLOCKS, LARGEST_PASSES = 640, 6
-LOG2_E = math.log2(math.e)
-# Relative error that places, rounded to 1/512 of a bin, and float32 sums can make.
-SLACK = 1e-3
+LIMITS = certified.LIMITS
 
 
 def passes(rows: int, tokens: int) -> int:
@@ -57,25 +54,61 @@ def compact(bins, base, exact_lse, state, quantized, length, *, sink: int, top_p
       indices int32 [B,K,T], ascending, undefined at or past the count; counts int32 [B,K]; scored int32 [B,K,H], tokens
       in kept bins; mass float32 [B,K,H], share of the estimated mass that these hold.
     """
+    reports = ((jnp.int32, ()), (jnp.float32, ()))
+    rule = _TopP(top_p=float(top_p))
+    return _call(rule, (base, exact_lse), bins, base.shape[2], state, quantized, length, reports, sink=sink)
+
+
+def compact_noisy(bins, base, exact_lse, noise, scale, state, quantized, length, *, sink: int, rule: certified.Rule):
+    """The tokens that hold a share of the true mass; `rabitq_jax.thresholds.debiased_thresholds` and
+    `certified_thresholds`.
+
+    Args:
+      noise: float32 [B,K,H]; scale: bfloat16 [B,K,T].
+      Others: as of `compact`, of scores with noise.
+
+    Returns:
+      indices and counts, as `compact`; limits float32 [B,K,H,LIMITS] of `mosaic_certified_threshold`.
+    """
+    inputs = base, exact_lse, noise, scale
+    reports = ((jnp.float32, (LIMITS,)),)
+    return _call(_Weights(rule=rule), inputs, bins, base.shape[2], state, quantized, length, reports, sink=sink)
+
+
+def compact_given(bins, limits, rows, scale, state, quantized, length, *, sink: int, deviations: float):
+    """The tokens that limits keep.
+
+    Args:
+      limits: float32 [B,K,H,LIMITS].
+      rows: int32 [B,K], 0 for kv heads whose list is to be empty.
+      state: a reference, int32 [B,K,Z] of zeros.
+      Others: as of `compact_noisy`.
+
+    Returns:
+      indices and counts, as `compact`.
+    """
+    rule = _Given(deviations=float(deviations))
+    return _call(rule, (limits, rows, scale), bins, limits.shape[2], state, quantized, length, (), sink=sink)
+
+
+def _call(rule, inputs, bins, heads: int, state, quantized, length, reports, *, sink: int):
     batch, kv_heads, group, quarter = bins.shape
-    rows, heads, tokens = batch * kv_heads, base.shape[2], 4 * quarter
+    rows, tokens = batch * kv_heads, 4 * quarter
     sizes = _Sizes(
         kv_heads=kv_heads, group=group, heads=heads, tokens=tokens, passes=passes(rows, tokens),
-        blocks=blocks(rows, tokens), state_words=state.shape[-1], sink=sink, top_p=float(top_p),
+        blocks=blocks(rows, tokens), state_words=state.shape[-1], sink=sink, rule=rule,
     )  # fmt: skip
-    out = functools.partial(jax.ShapeDtypeStruct, (batch, kv_heads, heads))
     return m.call(
         functools.partial(_kernel, sizes),
         name="compact",
         out_type=(
             jax.ShapeDtypeStruct((batch, kv_heads, tokens), jnp.int32),
             jax.ShapeDtypeStruct((batch, kv_heads), jnp.int32),
-            out(jnp.int32),
-            out(jnp.float32),
+            *(jax.ShapeDtypeStruct((batch, kv_heads, heads, *shape), dtype) for dtype, shape in reports),
         ),
         blocks=rows * sizes.blocks,
-        shared_words=heads + (m.WARPGROUP + 4) * sizes.passes + 4,
-    )(bins, base, exact_lse, quantized, length, state)
+        shared_words=sizes.rule_words + (m.WARPGROUP + 4) * sizes.passes + 4,
+    )(bins, *inputs, quantized, length, state)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,30 +121,39 @@ class _Sizes:
     blocks: int
     state_words: int
     sink: int
-    top_p: float
+    rule: "_Rule"
 
     @property
     def block_tokens(self) -> int:
         return PASS_TOKENS * self.passes
 
+    @property
+    def rule_words(self) -> int:
+        """Of shared memory, that say what each head keeps."""
+        return self.heads * self.rule.WORDS
 
-def _kernel(sizes: _Sizes, bins, base, exact_lse, quantized, length, state, indices, counts, scored, mass, shared):
-    """bins [R,G,T/4], base and exact_lse [R,H], quantized and length [B], state [R,Z]; indices [R,T], counts
-    [R], scored and mass [R,H]; shared memory: kept bins [H], bits of each thread [passes,128], kept tokens of each warp
-    [passes,4], the block's place."""
+
+def _kernel(sizes: _Sizes, bins, *refs):
+    """bins [R,G,T/4], the rule's inputs, quantized and length [B], state [R,Z]; indices [R,T], counts [R], the rule's
+    reports; shared memory: what each head keeps, bits of each thread [passes,128], kept tokens of each warp [passes,4],
+    the block's place."""
+    *refs, shared = refs
+    inputs, refs = refs[: sizes.rule.INPUTS], refs[sizes.rule.INPUTS :]
+    quantized, length, state, indices, counts, *reports = refs
     row = m.divide(m.block_index(), sizes.blocks)
     block = m.subtract(m.block_index(), m.multiply(row, sizes.blocks))
     start = m.multiply(block, sizes.block_tokens)
     sequence = m.divide(row, sizes.kv_heads)
     quantized, length = (m.load(m.address(x, sequence))[0] for x in (quantized, length))
+    length = sizes.rule.length(inputs, row, length)
     state = State(state, row, sizes.heads, sizes.state_words)
     shared = m.shared_address(shared)
 
     def run():
         first_words = _load_bins(sizes, bins, row, start, 0)
-        _thresholds(sizes, row, block, base, exact_lse, state, scored, mass, shared)
+        _find_limits(sizes, row, block, inputs, quantized, state, reports, shared)
         m.barrier()
-        masks = _masks(sizes, bins, row, first_words, start, quantized, length, shared)
+        masks = _masks(sizes, bins, inputs, row, first_words, start, quantized, length, shared)
         place, total = _places(sizes, masks, block, state, shared)
         first = m.multiply(row, sizes.tokens)
         for i, (mask, at) in enumerate(zip(masks, place, strict=True)):
@@ -138,143 +180,156 @@ def _load_bins(sizes: _Sizes, bins, row, start, i):
     return [w for head in range(sizes.group) for w in m.load(at, words=4, offset=4 * head_words * head)]
 
 
-def _thresholds(sizes: _Sizes, row, block, base, exact_lse, state, scored, mass, shared):
-    """Kept bins of each head to shared memory; their tokens and mass to the row's results."""
+def _find_limits(sizes: _Sizes, row, block, inputs, quantized, state, reports, shared):
+    """What each head keeps, to shared memory, the rule's words [WORDS,H]; the first block of a row reports."""
     warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), 31)
     for group in range(sizes.heads // 4):
         head = m.add(warp, 4 * group)
         place = m.add(m.multiply(row, sizes.heads), head)
-        top, lse = (m.as_float(m.load(m.address(x, place))[0]) for x in (base, exact_lse))
-        peak = _from_key(m.load(state.peak(head))[0])
-        at = state.bin(head, m.multiply(lane, LANE_BINS))
-        words = [word for i in range(LANE_BINS // 2) for word in m.load(at, words=4, offset=16 * i)]
-        at = state.above(head, m.multiply(lane, LANE_BINS))
-        above = [word for i in range(LANE_BINS // 4) for word in m.load(at, words=4, offset=16 * i)]
-        kept, tokens, share = _threshold(sizes.top_p, lane, words[::2], words[1::2], above, top, peak, lse)
+        scored = m.maximum_signed(m.subtract(quantized, sizes.sink), 0)
+        words, report = sizes.rule.find(inputs, place, head, lane, scored, state)
 
-        def store(head=head, place=place, kept=kept, tokens=tokens, share=share):
-            m.store_shared(m.add(shared, m.left(head, 2)), [kept])
-
-            def report():
-                m.store(m.address(scored, place), [tokens])
-                m.store(m.address(mass, place), [m.as_int(share)])
-
-            m.when(m.less(block, 1), report)
+        def store(head=head, place=place, words=words, report=report):
+            for i, word in enumerate(words):
+                m.store_shared(m.add(shared, m.left(head, 2)), [word], offset=4 * sizes.heads * i)
+            m.when(m.less(block, 1), lambda: report(reports, place))
 
         m.when(m.less(lane, 1), store)
 
 
-def _threshold(top_p: float, lane, places, counts, above, base, peak, exact_lse):
-    """How many bins, best first, surely hold the share: kept bins i32, tokens in them i32, estimated mass f32.
+def _load_floats(arrays, place):
+    return [m.as_float(m.load(m.address(x, place))[0]) for x in arrays]
 
-    Bin i holds scores from i to i + 1 bins' width below base; bin 0 also those above, the largest being peak; the last
-    one also those below.
-    """
-    # Masses are relative to the largest score or to base, whichever is higher.
-    highest = m.maximum(base, peak)
-    first_bin = m.multiply(lane, LANE_BINS)
-    largest = _exp(m.subtract_float(peak, highest))
-    lane_depth = m.multiply_float(m.to_float(first_bin), 1 / BINS_PER_NAT)
-    top = m.subtract_float(base, highest)
-    # The upper edges of this lane's first bin, and of its first one above base.
-    edge, edge_above = _exp(m.subtract_float(top, lane_depth)), _exp(m.add_float(top, lane_depth))
-    counted = functools.reduce(m.add_float, [m.multiply_float(m.to_float(n), _nats(i)) for i, n in enumerate(above)])
-    surely_above = _warp_sum(m.multiply_float(counted, m.multiply_float(edge_above, 1 / PLACES)), m.add_float)
-    # An exact mass far above the peak needs no more precision than this.
-    exact = _exp(m.minimum(m.subtract_float(exact_lse, highest), 60.0))
-    is_first = m.less(lane, 1)
-    upper, lower = [], []
-    for i, (place, count) in enumerate(zip(places, counts, strict=True)):
-        number = m.to_float(count)
-        at_edge = m.multiply_float(number, m.multiply_float(edge, _nats(-i)))
-        mean = m.multiply_float(
-            m.to_float(place), m.reciprocal(m.maximum(m.multiply_float(number, float(PLACES)), 1.0))
+
+class _Rule:
+    """What a head keeps. `INPUTS` arrays say it, beside the bins; in shared memory it is `WORDS` words, the first being
+    how many bins are kept."""
+
+    INPUTS: int
+    WORDS: int
+
+    def length(self, inputs, row, length):
+        """Tokens of the row that may be listed, of those of its sequence."""
+        del inputs, row
+        return length
+
+    def find(self, inputs, place, head, lane, scored, state: State):
+        """A head's words, the same in all lanes; and a function of the arrays of reports and the place there."""
+        raise NotImplementedError
+
+    def more(self, sizes: "_Sizes", inputs, row, token, words, kept, shared):
+        """16 bits, of tokens that are kept besides; None where the rule has no such tokens."""
+        del sizes, inputs, row, token, words, kept, shared
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TopP(_Rule):
+    """Bins that hold a share of the estimated mass."""
+
+    top_p: float
+    INPUTS, WORDS = 2, 1
+
+    def find(self, inputs, place, head, lane, scored, state: State):
+        top, lse = _load_floats(inputs, place)
+        peak = t.from_key(m.load(state.peak(head))[0])
+        words, above = t.load_bins(state, head, lane)
+        kept, tokens, share = t.threshold(self.top_p, lane, words[::2], words[1::2], above, top, peak, lse)
+
+        def report(reports, place):
+            m.store(m.address(reports[0], place), [tokens])
+            m.store(m.address(reports[1], place), [m.as_int(share)])
+
+        return [kept], report
+
+
+class _ByDeviation(_Rule):
+    """Bins kept for all tokens, and more for those whose scores could be those of single tokens of great weight."""
+
+    WORDS = 3
+
+    @property
+    def margin(self) -> bool:
+        """Whether any token is kept for its deviation."""
+        return True
+
+    def more(self, sizes: _Sizes, inputs, row, token, words, kept, shared):
+        if not self.margin:
+            return None
+        depths, gains = (
+            [m.as_float(m.load_shared(shared, offset=4 * (sizes.heads * i + head))[0]) for head in range(sizes.group)]
+            for i in (1, 2)
         )
-        low = m.multiply_float(at_edge, _least_exp(m.multiply_float(mean, 1 / BINS_PER_NAT)))
-        high = m.multiply_float(at_edge, m.fma(mean, _nats(-1) - 1, 1.0))
-        if i == 0:
-            # The largest score is known, and lies in bin 0 if anything does; the others may be anywhere above its edge.
-            below = m.multiply_float(edge, _nats(-1))
-            others = m.maximum(m.fma(m.subtract_float(number, 1.0), below, largest), surely_above)
-            low = m.select(is_first, m.select(m.less(count, 1), 0.0, others), low)
-            high = m.select(is_first, number, high)
-        if i == LANE_BINS - 1:
-            is_last = m.less(30, lane)
-            low, high = m.select(is_last, 0.0, low), m.select(is_last, at_edge, high)
-        upper.append(high)
-        lower.append(low)
-    kept_lower, kept_upper = _running_sums(lane, lower), _running_sums(lane, upper)
-    all_upper = m.shuffle(kept_upper[-1], 31)
 
-    def short(kept_lower, kept_upper):
-        """1 where the bins so far may not hold the share; 1 with NaN."""
-        dropped = m.maximum(m.subtract_float(all_upper, kept_upper), 0.0)
-        held = m.multiply_float(m.add_float(exact, kept_lower), 1 - top_p)
-        return m.select(m.not_less_float(held, m.multiply_float(dropped, top_p * (1 + SLACK))), 0, 1)
+        def look(_):
+            at = m.minimum_signed(token, sizes.tokens - LANE_TOKENS)
+            at = m.address(inputs[-1], m.right(m.add(m.multiply(row, sizes.tokens), at), 1))
+            pairs = [w for i in range(LANE_TOKENS // 8) for w in m.load(at, words=4, offset=16 * i)]
+            scales = [x for pair in pairs for x in m.bfloat16_pair(pair)]
+            largest = functools.reduce(m.maximum, scales)
+            bits = [m.value(0)]
+            for head, (depth, gain, kept_by_all) in enumerate(zip(depths, gains, kept, strict=True)):
+                matters = m.not_less(certified.bins_of(depth, gain, largest), kept_by_all)
+                bits = m.update(matters, bits, functools.partial(look_at_head, head, depth, gain, scales))
+            return bits
 
-    if top_p == 1:
-        kept = m.value(BINS)
-    else:
-        number = functools.reduce(m.add, map(short, kept_lower, kept_upper))
-        number = m.minimum_signed(m.add(_warp_sum(number, m.add), 1), BINS)
-        kept = m.select(m.less(short(m.value(0.0), m.value(0.0)), 1), 0, number)
-    middle = [m.multiply_float(m.add_float(a, b), 0.5) for a, b in zip(upper, lower, strict=True)]
-    is_kept = [m.less(m.add(first_bin, i), kept) for i in range(LANE_BINS)]
-    dropped = [m.select(k, 0.0, x) for k, x in zip(is_kept, middle, strict=True)]
-    tokens = [m.select(k, count, 0) for k, count in zip(is_kept, counts, strict=True)]
-    total, dropped = (_warp_sum(functools.reduce(m.add_float, x), m.add_float) for x in (middle, dropped))
-    total = m.add_float(exact, total)
-    share = m.subtract_float(
-        1.0, m.multiply_float(dropped, m.reciprocal(m.select(m.less_float(0.0, total), total, 1.0)))
-    )
-    return kept, _warp_sum(functools.reduce(m.add, tokens), m.add), share
+        def look_at_head(head, depth, gain, scales, bits):
+            (found,) = bits
+            for i, scale in enumerate(scales):
+                byte = m.bit_and(m.right(words[LANE_TOKENS // 4 * head + i // 4], 8 * (i % 4)), BINS - 1)
+                is_kept = m.less(byte, m.add(certified.bins_of(depth, gain, scale), 1))
+                found = m.bit_or(found, m.select(is_kept, 1 << i, 0))
+            return [found]
+
+        deepest = functools.reduce(m.maximum, depths)
+        return m.update(m.less_float(certified.NEVER, deepest), [m.value(0)], look)[0]
 
 
-def _nats(bins: int) -> float:
-    """The factor between the masses of scores so many bins apart."""
-    return math.exp(bins / BINS_PER_NAT)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Weights(_ByDeviation):
+    """Bins that hold a share of the true mass."""
+
+    rule: certified.Rule
+    INPUTS = 4
+
+    @property
+    def margin(self) -> bool:
+        return self.rule.certified
+
+    def find(self, inputs, place, head, lane, scored, state: State):
+        top, lse, noise = _load_floats(inputs[:3], place)
+        limits = certified.find_limits(self.rule, lane, state, head, top, lse, noise, scored)
+
+        def report(reports, place):
+            at = m.address(reports[0], m.multiply(place, LIMITS))
+            for i in range(0, LIMITS, 4):
+                m.store(at, [m.as_int(x) for x in limits[i : i + 4]], offset=4 * i)
+
+        largest_scale = m.as_float(m.load(state.largest_scale())[0])
+        return certified.words(limits, self.rule.deviations, largest_scale), report
 
 
-def _exp(x):
-    return m.exp2(m.multiply_float(x, LOG2_E))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Given(_ByDeviation):
+    """Bins that limits say."""
+
+    deviations: float
+    INPUTS = 3
+
+    def length(self, inputs, row, length):
+        return m.select(m.less(m.load(m.address(inputs[1], row))[0], 1), 0, length)
+
+    def find(self, inputs, place, head, lane, scored, state: State):
+        at = m.address(inputs[0], m.multiply(place, LIMITS))
+        limits = [m.as_float(word) for i in range(0, LIMITS, 4) for word in m.load(at, words=4, offset=4 * i)]
+        return certified.words(limits, self.deviations, None), lambda reports, place: None
 
 
-def _least_exp(x):
-    """Just below e^-x, for x from 0 to 1/8: a series that alternates, up to a term that it subtracts."""
-    return m.fma(x, m.fma(x, m.fma(x, -1 / 6, 0.5), -1.0), 1.0)
-
-
-def _running_sums(lane, values):
-    """Sums over all values up to each, in the order of lanes, then of a lane's list."""
-    sums = [values[0]]
-    for x in values[1:]:
-        sums.append(m.add_float(sums[-1], x))
-    through = sums[-1]
-    for lanes in (1, 2, 4, 8, 16):
-        through = m.select(m.less(lane, lanes), through, m.add_float(through, m.shuffle_up(through, lanes)))
-    before = m.select(m.less(lane, 1), 0.0, m.shuffle_up(through, 1))
-    return [m.add_float(before, x) for x in sums]
-
-
-def _warp_sum(x, add):
-    for lanes in (1, 2, 4, 8, 16):
-        x = add(x, m.shuffle_xor(x, lanes))
-    return x
-
-
-def _from_key(key):
-    """The f32 of an unsigned number of the same order, minus infinity for 0; see `mosaic_score_bins`."""
-    bits = m.select(m.less(key, 0x80000000), m.bit_xor(key, 0xFFFFFFFF), m.bit_and(key, 0x7FFFFFFF))
-    return m.select(m.less(key, 1), float("-inf"), m.as_float(bits))
-
-
-def _masks(sizes: _Sizes, bins, row, words, start, quantized, length, shared):
+def _masks(sizes: _Sizes, bins, inputs, row, words, start, quantized, length, shared):
     """16 bits a thread, for each pass: tokens that are attended. `words` are those of the first pass."""
     # Byte x is at least k if, of its high bit and the carry of the lower bits into it, one is set (k < 128), or both.
     # For k = 256 none is.
-    compare = []
-    for head in range(sizes.group):
-        kept = m.load_shared(shared, offset=4 * head)[0]
+    compare, kept_bins = [], [m.load_shared(shared, offset=4 * head)[0] for head in range(sizes.group)]
+    for kept in kept_bins:
         addend = m.multiply(m.subtract(128, m.bit_and(kept, 127)), 0x01010101)
         compare.append((m.select(m.less(kept, 256), addend, 0), m.select(m.less(kept, 128), 0xFFFFFFFF, 0)))
 
@@ -291,6 +346,8 @@ def _masks(sizes: _Sizes, bins, row, words, start, quantized, length, shared):
             nibbles.append(m.right(m.multiply(kept, 0x01020408), 24))
         bits = functools.reduce(m.bit_or, [m.left(m.bit_and(n, 15), 4 * j) for j, n in enumerate(nibbles)])
         token = _token(start, i)
+        more = sizes.rule.more(sizes, inputs, row, token, words, kept_bins, shared)
+        bits = bits if more is None else m.bit_or(bits, more)
         below = [_bits_below(limit, token) for limit in (m.value(sizes.sink), quantized, length)]
         sinks, coded, held = below
         is_scored = m.bit_and(coded, m.bit_xor(sinks, 0xFFFF))
@@ -299,7 +356,7 @@ def _masks(sizes: _Sizes, bins, row, words, start, quantized, length, shared):
     if sizes.passes == 1:
         return [mask(0, words)]
     # In a loop, with the next pass's words under way: all at once, they take so many registers that few blocks fit.
-    mine = m.add(shared, m.left(m.add(m.thread_index(), sizes.heads), 2))
+    mine = m.add(shared, m.left(m.add(m.thread_index(), sizes.rule_words), 2))
 
     def one_pass(i, words):
         following = _load_bins(sizes, bins, row, start, m.minimum_signed(m.add(i, 1), sizes.passes - 1))
@@ -319,7 +376,7 @@ def _bits_below(limit, token):
 def _places(sizes: _Sizes, masks, block, state, shared):
     """Where in the row's list each pass of this thread begins, and the list's length behind this block."""
     warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), 31)
-    totals = m.add(shared, 4 * (sizes.heads + m.WARPGROUP * sizes.passes))
+    totals = m.add(shared, 4 * (sizes.rule_words + m.WARPGROUP * sizes.passes))
     counts, through = [m.count_ones(mask) for mask in masks], []
     for i, count in enumerate(counts):
         for lanes in (1, 2, 4, 8, 16):
@@ -358,5 +415,5 @@ def _store_place(sizes: _Sizes, lane, block, state, place_at):
         return [m.add(carried[0], m.select(is_before, m.subtract(published, 1), 0))]
 
     (mine,) = m.loop(m.right(m.add(block, 31), 5), [m.value(0)], add)
-    place = _warp_sum(mine, m.add)
+    place = t.warp_sum(mine, m.add)
     m.when(m.less(lane, 1), lambda: m.store_shared(place_at, [place]))

@@ -23,6 +23,11 @@ the row's at the end of a block of tokens. They are integers, so the result is t
 Bin 0 says little of scores above base. But each lane knows the largest of its own. The exponentials of those above
 base, added up over a warp, are worth so many tokens of the warp's largest score, and no more than the warp holds: the
 row counts these, in steps of 1/256, in bins that go up from base.
+
+Where estimates come with their deviation sd = noise * scale, tokens are counted as certified selection wants them
+(rabitq_jax/thresholds.py): in the bin of z - sd^2, with the weight e^(z - sd^2 / 2). A word then holds a sum of
+weights, in steps of `MASS_UNIT` of what the bin's upper edge weighs. The byte is that of z as before. A token whose
+deviation is above `LARGEST_DEVIATION` is not counted, and goes to bin 0, whatever its score.
 """
 
 import dataclasses
@@ -41,7 +46,11 @@ STEP_TOKENS = 32
 WARPS = 4
 # A word counts a block's tokens in 12 bits, above 20 bits for the sum of their places in a bin, of 0 to 256 each.
 COUNT_BITS, PLACES = 20, 256
+# Or it adds up weights of at most 2^21, the largest that a block's tokens can add up to 2^31.
+LARGEST_DEVIATION, MASS_BITS = 4.0, 21
+MASS_UNIT = 2.0**-MASS_BITS * math.exp(LARGEST_DEVIATION**2 / 2)
 BLOCK_TOKENS, LEAST_BLOCK_TOKENS = 1024, STEP_TOKENS * WARPS
+LOG2_E = math.log2(math.e)
 # The bits of 1.5 * 2^23 as a float32: plus an integer n, they are those of 1.5 * 2^23 + n.
 MAGIC = 0x4B400000
 
@@ -53,11 +62,14 @@ def takes(tokens: int, words: int, centroids: int) -> bool:
     )
 
 
-def score_bins(planes, factors, base, shift, bits, scale, bias, bias_gain, state, *, group: int, first: int, stop):
-    """Bins of scores, their counts, and the largest score.
+def score_bins(
+    planes, factors, base, shift, bits, scale, bias, bias_gain, state, *, group: int, first: int, stop, noise=None
+):
+    """Bins of scores, their counts, and the largest score; or weights, if scores have `noise`.
 
     Args:
       planes, factors, base, shift: of `rabitq_jax.prepared_query.PreparedQuery`, [B,K,H,...]; G heads are real.
+      noise: float32 [B,K,H], nats of deviation for each unit of scale, or None.
       bits, scale, bias, bias_gain: as in `rabitq_jax.scores.proxy_scores_reference`.
       state: a reference, int32 [B,K,Z] with Z of `state_words`, all zero; see `State`. The kernel adds to it.
       group: G.
@@ -81,26 +93,29 @@ def score_bins(planes, factors, base, shift, bits, scale, bias, bias_gain, state
     sizes = _Sizes(
         kv_heads=kv_heads, group=group, groups=heads // HEADS, tokens=tokens, words=words, centroids=centroids,
         block=block, state_words=state.shape[-1], first=first, bias_gain=None if bias is None else float(bias_gain),
+        noisy=noise is not None,
     )  # fmt: skip
+    optional = [x for x in (bias, noise) if x is not None]
     return m.call(
         functools.partial(_kernel, sizes),
         name="score_bins",
         out_type=jax.ShapeDtypeStruct((batch, kv_heads, group, tokens // 4), jnp.int32),
         blocks=batch * kv_heads * (tokens // block),
         shared_words=heads * BINS + heads,
-    )(planes, factors, base, shift, bits, scale, *([] if bias is None else [bias]), stop, state)
+    )(planes, factors, base, shift, bits, scale, *optional, stop, state)
 
 
 def state_words(heads: int, blocks: int) -> int:
     """Words of a kv head's state; see `State`."""
-    return -(-(heads * (3 * BINS + 1) + blocks) // 256) * 256
+    return -(-(heads * (3 * BINS + 1) + 1 + blocks) // 256) * 256
 
 
 class State:
     """Where a row's numbers lie in the state.
 
-    bins [H,256,2]: sums of places, and counts; above [H,256]: 256 times as many tokens as are surely i to i + 1 bins
-    above base; peaks [H], see `_key`; blocks [N], for `mosaic_compact`.
+    bins [H,256,2]: sums of places, and counts; or sums of weights, in 64 bits; above [H,256]: 256 times as many tokens
+    as are surely i to i + 1 bins above base; peaks [H], see `_key`; the bits of the largest scale [1]; blocks [N], for
+    `mosaic_compact`.
     """
 
     def __init__(self, ref, row, heads: int, words: int):
@@ -116,8 +131,11 @@ class State:
     def peak(self, head):
         return m.address(self._ref, m.add(self._start, m.add(head, self._heads * 3 * BINS)))
 
+    def largest_scale(self):
+        return m.address(self._ref, m.add(self._start, self._heads * (3 * BINS + 1)))
+
     def block(self, index):
-        return m.address(self._ref, m.add(self._start, m.add(index, self._heads * (3 * BINS + 1))))
+        return m.address(self._ref, m.add(self._start, m.add(index, self._heads * (3 * BINS + 1) + 1)))
 
 
 def counts_and_peaks(state, heads: int):
@@ -141,6 +159,7 @@ class _Sizes:
     state_words: int
     first: int
     bias_gain: float | None
+    noisy: bool
 
     @property
     def padded(self) -> int:
@@ -148,9 +167,11 @@ class _Sizes:
 
 
 def _kernel(sizes: _Sizes, planes, factors, base, shift, bits, scale, *rest):
-    """planes [R,H,4,W], factors [R,H,2], base [R,H], shift [R,H,C], bits [R,T,W], scale (and bias) [R,T], stop [B];
-    state [R,Z], added to; bins [R,G,T/4]; shared memory. R rows of kv heads, H = heads padded to 4."""
-    *bias, stop, state, bins, shared = rest
+    """planes [R,H,4,W], factors [R,H,2], base [R,H], shift [R,H,C], bits [R,T,W], scale (and bias) [R,T], (noise [R,H])
+    stop [B]; state [R,Z], added to; bins [R,G,T/4]; shared memory. R rows of kv heads, H = heads padded to 4."""
+    *optional, stop, state, bins, shared = rest
+    bias = optional[: sizes.bias_gain is not None]
+    noise = optional[-1] if sizes.noisy else None
     blocks = sizes.tokens // sizes.block
     row = m.divide(m.block_index(), blocks)
     start = m.multiply(m.subtract(m.block_index(), m.multiply(row, blocks)), sizes.block)
@@ -161,9 +182,11 @@ def _kernel(sizes: _Sizes, planes, factors, base, shift, bits, scale, *rest):
 
     def run(all_scored: bool):
         _clear_shared(sizes, shared)
-        score = _Scorer(sizes, row, stop, planes, factors, base, shift, bits, scale, bias, bins, shared, all_scored)
+        scorer = _WeightScorer if sizes.noisy else _Scorer
+        arrays = planes, factors, base, shift, bits, scale, bias, noise, bins
+        score = scorer(sizes, row, stop, *arrays, shared, all_scored)
         peaks = m.loop(sizes.block // LEAST_BLOCK_TOKENS, score.no_peaks(), lambda i, peaks: score(start, i, peaks))
-        _flush(sizes, peaks, score.bases, shared, State(state, row, sizes.padded, sizes.state_words))
+        score.flush(peaks, State(state, row, sizes.padded, sizes.state_words))
 
     # Most blocks are scored as a whole, and need not ask token by token.
     whole = m.both(m.not_less(start, sizes.first), m.not_less(stop, end))
@@ -176,8 +199,9 @@ class _Scorer:
     """One lane's registers for a row: addresses, B fragments, and factors of its heads."""
 
     def __init__(
-        self, sizes: _Sizes, row, stop, planes, factors, base, shift, bits, scale, bias, bins, shared, all_scored: bool
-    ):
+        self, sizes: _Sizes, row, stop, planes, factors, base, shift, bits, scale, bias, noise, bins, shared,
+        all_scored: bool,
+    ):  # fmt: skip
         lane, self.warp = m.bit_and(m.thread_index(), 31), m.right(m.thread_index(), 5)
         self.quad, self.t = m.right(lane, 2), m.bit_and(lane, 3)
         self.sizes, self.row, self.stop, self.all_scored = sizes, row, stop, all_scored
@@ -190,6 +214,12 @@ class _Scorer:
             # Half a bin less: the conversion to an integer rounds to nearest.
             top = m.fma(self.bases[-1], BINS_PER_NAT / (BINS - 1), -0.5 / (BINS - 1))
             self.factors.append((gain, minus_sum, top))
+        self.variances = [self._variance(noise, h) for h in range(sizes.groups)] if noise is not None else []
+
+    def _variance(self, noise, h):
+        """Of a unit of scale, of this lane's head of group h."""
+        deviation = m.as_float(m.load(m.address(noise, self._head(h)))[0])
+        return m.multiply_float(deviation, deviation)
 
     def _head(self, h):
         """Index in [R,H] of this lane's head of group h."""
@@ -251,33 +281,102 @@ class _Scorer:
             else m.less(m.subtract(m.add(token, i), sizes.first), m.subtract(self.stop, sizes.first))
             for i in range(4)
         ]
-        new_peaks = []
         for h in range(sizes.groups):
-            gain, minus_sum, top = self.factors[h]
+            gain, minus_sum, _ = self.factors[h]
             dots = _dots(fragments, self.columns[h])
-            peak, packed = peaks[h], []
-            for i in range(4):
-                z = _affine(dots[i], minus_sum, gain, scale[i], shifts[h])
-                if bias is not None:
-                    z = m.fma(bias[i], sizes.bias_gain, z)
-                larger = m.maximum(peak, m.minimum(z, 3e38))
-                peak = larger if scored[i] is None else m.select(scored[i], larger, peak)
-                bin_, one = _bin(z, top)
-                self._count(h, bin_, one, scored[i])
-                packed.append(bin_)
-            new_peaks.append(peak)
+            scores = [_affine(dots[i], minus_sum, gain, scale[i], shifts[h]) for i in range(4)]
+            if bias is not None:
+                scores = [m.fma(x, sizes.bias_gain, z) for x, z in zip(bias, scores, strict=True)]
+            packed, peaks = self.see_scores(h, scores, scale, scored, peaks)
             head = m.add(self.t, HEADS * h)
             word = m.add(
                 m.multiply(m.add(m.multiply(self.row, sizes.group), head), sizes.tokens // 4), m.right(token, 2)
             )
             real = None if HEADS * h + HEADS <= sizes.group else m.less(head, sizes.group)
             m.store(m.address(self.bins, word), [m.pack_bytes(packed)], where=real)
-        return new_peaks
+        return peaks
 
-    def _count(self, h, bin_, one, scored):
-        """Add a token to a bin in shared memory, [group][bin][head of 4]."""
-        place = m.add(m.left(m.bit_and(bin_, BINS - 1), 4), m.left(self.t, 2))
-        m.add_shared(m.add(self.shared, place), one, offset=4 * HEADS * BINS * h, where=scored)
+    def see_scores(self, h, scores, scales, scored, peaks):
+        """Count four tokens' scores in their bins: i32 whose lowest bytes these are; and the largest scores so far."""
+        peak, bins = peaks[h], []
+        for z, is_scored in zip(scores, scored, strict=True):
+            larger = m.maximum(peak, m.minimum(z, 3e38))
+            peak = larger if is_scored is None else m.select(is_scored, larger, peak)
+            bin_, depth = _bin(z, self.factors[h][2])
+            # 1, above its place in the bin.
+            one = m.fma(_place(bin_, depth), float(PLACES), 2.0**23 + 2**COUNT_BITS + PLACES // 2)
+            self._add(h, bin_, m.bit_and(m.as_int(one), 2**23 - 1), is_scored)
+            bins.append(m.as_int(bin_))
+        return bins, [*peaks[:h], peak, *peaks[h + 1 :]]
+
+    def _add(self, h, bin_, word, where):
+        """Add to the word of a bin in shared memory, [group][bin][head of 4]."""
+        place = m.add(m.left(m.bit_and(m.as_int(bin_), BINS - 1), 4), m.left(self.t, 2))
+        m.add_shared(m.add(self.shared, place), word, offset=4 * HEADS * BINS * h, where=where)
+
+    def flush(self, peaks, state: State):
+        """Add the block's bins, and its largest scores, to the row's."""
+
+        def add_bin(head, bin_, word):
+            places, count = m.bit_and(word, 2**COUNT_BITS - 1), m.right(word, COUNT_BITS)
+            m.add_global_pair(state.bin(head, bin_), places, count)
+
+        _flush(self.sizes, peaks, self.bases, self.shared, state, add_bin)
+
+
+class _WeightScorer(_Scorer):
+    """Of scores with noise. Carries of each group's head the largest z - sd^2, and that token's z - sd^2 / 2; and the
+    largest scale."""
+
+    def no_peaks(self):
+        return [m.value(float("-inf"))] * (2 * self.sizes.groups) + [m.value(0.0)]
+
+    def see_scores(self, h, scores, scales, scored, peaks):
+        """Add four tokens' weights in the bins of z - sd^2; returns the bins of z, and the largest so far."""
+        top, bins, seen = self.factors[h][2], [], []
+        for z, scale, is_scored in zip(scores, scales, scored, strict=True):
+            variance = m.multiply_float(m.multiply_float(scale, scale), self.variances[h])
+            usable = m.not_less_float(LARGEST_DEVIATION**2, variance)
+            counted = usable if is_scored is None else m.both(usable, is_scored)
+            tilted = m.subtract_float(z, variance)
+            bin_, depth = _bin(tilted, top)
+            at_edge = MASS_BITS - LOG2_E * (LARGEST_DEVIATION**2 / 2 + 0.5 / BINS_PER_NAT)
+            log2_weight = m.fma(_place(bin_, depth), -LOG2_E / BINS_PER_NAT, m.fma(variance, LOG2_E / 2, at_edge))
+            weight = m.as_int(m.add_float(m.exp2(log2_weight), 2.0**23))
+            self._add(h, bin_, m.bit_and(weight, 2**23 - 1), counted)
+            bins.append(m.select(usable, m.as_int(_bin(z, top)[0]), 0))
+            seen.append((tilted, m.fma(variance, -0.5, z), counted))
+        if h == 0:
+            peaks = [*peaks[:-1], self._largest_scale(peaks[-1], scales, scored)]
+
+        def see_peaks(peak):
+            for tilted, log_weight, counted in seen:
+                tilted, log_weight = m.minimum(tilted, 3e38), m.minimum(log_weight, 3e38)
+                larger = m.both(counted, m.less_float(peak[0], tilted))
+                peak = [m.select(larger, new, old) for new, old in zip((tilted, log_weight), peak, strict=True)]
+            return peak
+
+        # Few tokens are above the bins.
+        above = m.negate(m.not_less_float(self.bases[h], functools.reduce(m.maximum, [x for x, *_ in seen])))
+        mine = m.update(above, peaks[2 * h : 2 * h + 2], see_peaks)
+        return bins, [*peaks[: 2 * h], *mine, *peaks[2 * h + 2 :]]
+
+    def _largest_scale(self, largest, scales, scored):
+        for scale, is_scored in zip(scales, scored, strict=True):
+            larger = m.maximum(largest, scale)
+            largest = larger if is_scored is None else m.select(is_scored, larger, largest)
+        return largest
+
+    def flush(self, peaks, state: State):
+        """Add the block's weights, its largest scale, and what weighs more than any bin, to the row's."""
+        largest = functools.partial(m.max_global, state.largest_scale(), m.as_int(peaks[-1]))
+        m.when(m.less_float(0.0, peaks[-1]), largest)
+        above = [
+            m.select(m.less_float(base, tilted), log_weight, float("-inf"))
+            for base, tilted, log_weight in zip(self.bases, peaks[:-1:2], peaks[1:-1:2], strict=True)
+        ]
+        add_bin = lambda head, bin_, word: m.add_global_wide(state.bin(head, bin_), word)  # noqa: E731
+        _flush(self.sizes, above, self.bases, self.shared, state, add_bin)
 
 
 def _dots(fragments, columns):
@@ -312,13 +411,15 @@ def _affine(dot, minus_sum, gain, scale, shift):
 
 
 def _bin(z, top):
-    """An i32 whose lowest byte is the bin, and the token as a word that counts it: 1 above its place in the bin."""
+    """An f32 whose bits' lowest byte is the bin, and a depth for `_place`."""
     # Saturate 8 (base - z) / 255 to [0, 1], half a bin early, then let 2^23 round it to an integer.
     depth = m.ptx("fma.rn.sat.f32 $0, $1, $2, $3;", [z, -BINS_PER_NAT / (BINS - 1), top], "f")[0]
-    rounded = m.fma(depth, float(BINS - 1), 2.0**23)
-    place = m.fma(depth, float(BINS - 1), m.subtract_float(2.0**23, rounded))
-    one = m.fma(place, float(PLACES), 2.0**23 + 2**COUNT_BITS + PLACES // 2)
-    return m.as_int(rounded), m.bit_and(m.as_int(one), 2**23 - 1)
+    return m.fma(depth, float(BINS - 1), 2.0**23), depth
+
+
+def _place(bin_, depth):
+    """Where in its bin a score lies, from -1/2 at the upper edge to 1/2."""
+    return m.fma(depth, float(BINS - 1), m.subtract_float(2.0**23, bin_))
 
 
 def _clear_shared(sizes: _Sizes, shared):
@@ -336,8 +437,8 @@ def _peak_address(sizes: _Sizes, shared):
     return m.add(m.add(shared, 4 * sizes.padded * BINS), m.left(m.thread_index(), 2))
 
 
-def _flush(sizes: _Sizes, peaks, bases, shared, state: State):
-    """Add the block's bins, and its largest scores, to the row's."""
+def _flush(sizes: _Sizes, peaks, bases, shared, state: State, add_bin):
+    """Add the block's bins to the row's by `add_bin(head, bin, word)`; and its largest scores, one a group and lane."""
     lane = m.bit_and(m.thread_index(), 31)
     for h, (mine, base) in enumerate(zip(peaks, bases, strict=True)):
         peak = mine
@@ -345,7 +446,7 @@ def _flush(sizes: _Sizes, peaks, bases, shared, state: State):
             peak = m.maximum(peak, m.shuffle_xor(peak, lanes))
         at = m.add(m.add(shared, 4 * (sizes.padded * BINS + HEADS * h)), m.left(lane, 2))
         m.when(m.less(lane, HEADS), functools.partial(m.max_shared, at, _key(peak)))
-        as_large = m.exp2(m.multiply_float(m.subtract_float(mine, peak), math.log2(math.e)))
+        as_large = m.exp2(m.multiply_float(m.subtract_float(mine, peak), LOG2_E))
         as_large = m.select(m.less_float(base, mine), as_large, 0.0)
         for lanes in (4, 8, 16):
             as_large = m.add_float(as_large, m.shuffle_xor(as_large, lanes))
@@ -360,8 +461,7 @@ def _flush(sizes: _Sizes, peaks, bases, shared, state: State):
             bin_ = m.add(m.thread_index(), m.WARPGROUP * i)
             four = m.load_shared(m.add(shared, m.left(bin_, 4)), words=4, offset=4 * HEADS * BINS * h)
             for head, word in enumerate(four):
-                places, count = m.bit_and(word, 2**COUNT_BITS - 1), m.right(word, COUNT_BITS)
-                m.add_global_pair(state.bin(m.value(HEADS * h + head), bin_), places, count)
+                add_bin(m.value(HEADS * h + head), bin_, word)
 
     def keep_peak():
         m.max_global(state.peak(m.thread_index()), m.load_shared(_peak_address(sizes, shared))[0])

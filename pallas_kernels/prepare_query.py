@@ -73,14 +73,15 @@ class _Sizes:
     softmax_scale: float
     scope_all: bool
     random: bool
+    noise_gains: tuple[float, float]
 
 
 def _kernel(*refs, sizes: _Sizes, has_centroid: bool):
     """seed [2], layer, quantized and length [], query [G,D], keys [T,D], rotation [32 W, D], centroids [C,D], query
-    centroid [D] if there is one -> planes [H,4,W], factors [H,2], base [H], shift [H,C], exact log-sum-exp [H], zeros
-    [Z]."""
+    centroid [D] if there is one -> planes [H,4,W], factors [H,2], noise [H], base [H], shift [H,C], exact log-sum-exp
+    [H], zeros [Z]."""
     seed_ref, layer_ref, quantized_ref, length_ref, query_ref, keys_ref, rotation_ref, centroids_ref = refs[:8]
-    planes_ref, factors_ref, base_ref, shift_ref, lse_ref, zeros_ref = refs[-6:]
+    planes_ref, factors_ref, noise_ref, base_ref, shift_ref, lse_ref, zeros_ref = refs[-7:]
     query_centroid_ref = refs[8] if has_centroid else None
     row, part = pl.program_id(0), pl.program_id(1)
     head = jnp.arange(product_shape(*query_ref.shape)[0], dtype=jnp.int32)
@@ -90,7 +91,8 @@ def _kernel(*refs, sizes: _Sizes, has_centroid: bool):
 
     @pl.when(part == 0)
     def _():
-        _quantize(sizes, row, seed_ref, layer_ref, query_ref, rotation_ref, query_centroid_ref, planes_ref, factors_ref)
+        arrays = query_ref, rotation_ref, query_centroid_ref
+        _quantize(sizes, row, seed_ref, layer_ref, *arrays, planes_ref, factors_ref, noise_ref)
 
     @pl.when(part == 1)
     def _():
@@ -137,8 +139,9 @@ def _products(query_ref, rows_ref, index):
 
 
 def _quantize(
-    sizes: _Sizes, row, seed_ref, layer_ref, query_ref, rotation_ref, query_centroid_ref, planes_ref, factors_ref
-):
+    sizes: _Sizes, row, seed_ref, layer_ref, query_ref, rotation_ref, query_centroid_ref, planes_ref, factors_ref,
+    noise_ref,
+):  # fmt: skip
     (group, head_dim), (heads, _, words) = query_ref.shape, planes_ref.shape
     rows, columns = product_shape(group, head_dim)
     # Products have 16 rows or more. Heads are spread over them, so that what follows can be gathered to fewer rows.
@@ -184,7 +187,11 @@ def _quantize(
             place = (word_head, plane + 0 * word_head, word + word_place)
             _pallas.store_masked(planes_ref, place, packed, (word_head < heads) & (word + word_place < words))
 
+    norm2 = jnp.sum(jnp.square(query.astype(jnp.float32)), axis=1)
+    norm2 = norm2 if spread == 1 else jnp.sum(norm2.reshape(kept_rows, spread), axis=1)
+    of_norm, of_step = sizes.noise_gains
     one_head = jnp.arange(kept_rows, dtype=jnp.int32)
+    _pallas.store_masked(noise_ref, (one_head,), jnp.sqrt(of_norm * norm2 + of_step * step * step), one_head < heads)
     for i, factor in enumerate((step * sizes.softmax_scale, -sums.astype(jnp.float32))):
         _pallas.store_masked(factors_ref, (one_head, i + 0 * one_head), factor, one_head < heads)
 
@@ -205,7 +212,7 @@ def _centred_query(query_ref, query_centroid_ref, rows: int, columns: int, sprea
 
 def prepare_query(
     query, keys, rotation, query_centroid, centroids, seed, layer, quantized, length,
-    *, sink: int, softmax_scale: float, scope_all: bool, zeros: int,
+    *, sink: int, softmax_scale: float, scope_all: bool, noise_gains: tuple[float, float], zeros: int,
 ):  # fmt: skip
     """`rabitq_jax.prepared_query.prepare_query_reference`, and zeros for later kernels to count in.
 
@@ -218,16 +225,19 @@ def prepare_query(
       layer: int32 [], tells random numbers of one seed apart.
       quantized, length: int32 [B].
       scope_all: the log-sum-exp is wanted; else it is -inf.
+      noise_gains: of `rabitq_jax.error_model.noise_gains`.
       zeros: how many a kv head, a multiple of 256.
 
     Returns:
-      planes int32 [B,K,H,4,W], factors float32 [B,K,H,2], base float32 [B,K,H], shift float32 [B,K,H,C], log-sum-exp
-      float32 [B,K,H], zeros int32 [B,K,Z]; H is `padded_heads(G)`.
+      planes int32 [B,K,H,4,W], factors float32 [B,K,H,2], noise and base float32 [B,K,H], shift float32 [B,K,H,C],
+      log-sum-exp float32 [B,K,H], zeros int32 [B,K,Z]; H is `padded_heads(G)`.
     """
     batch, kv_heads, group, _ = query.shape
     words, count = rotation.shape[0] // 32, centroids.shape[2]
     heads = padded_heads(group)
-    sizes = _Sizes(sink=sink, softmax_scale=softmax_scale, scope_all=scope_all, random=seed is not None)
+    sizes = _Sizes(
+        sink=sink, softmax_scale=softmax_scale, scope_all=scope_all, random=seed is not None, noise_gains=noise_gains
+    )
     per_sequence = _pallas.per_sequence(kv_heads)
     head = functools.partial(_pallas.per_head, kv_heads=kv_heads)
 
@@ -242,6 +252,7 @@ def prepare_query(
         for shape, dtype in (
             ((heads, 4, words), jnp.int32),
             ((heads, 2), jnp.float32),
+            ((heads,), jnp.float32),
             ((heads,), jnp.float32),
             ((heads, count), jnp.float32),
             ((heads,), jnp.float32),

@@ -25,7 +25,7 @@ from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.decode_stats import DecodeStats, ReadSizes
 from rabitq_jax.dense_attention import decode_attention, prefill_attention
 from rabitq_jax.gathered_attention import gathered_attention
-from rabitq_jax.selection import choose_tokens, quantize_and_sum
+from rabitq_jax.selection import choose_tokens
 from rabitq_jax.selectors import Attended, CacheShape, Selector, Step
 
 
@@ -104,11 +104,6 @@ def _selector_stats(attended: Attended, cache: LayerCache) -> DecodeStats:
     )
 
 
-def _attend_and_verify(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, layer: int):
-    quantized, exact_lse = quantize_and_sum(query, cache, config, softmax_scale, prng_key, layer)
-    return attend_certified(query, quantized, exact_lse, cache, config, softmax_scale)
-
-
 def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, layer: int = 0):
     """Attention of one token over those that config.selection chooses; arguments as of `selection.choose_tokens`.
 
@@ -125,7 +120,7 @@ def attend_selected(query, cache: LayerCache, config: RaBitQConfig, softmax_scal
             )  # fmt: skip
         read, verified = selection.counts, {}
     else:
-        out, selection, verification = _attend_and_verify(query, cache, config, softmax_scale, prng_key, layer)
+        out, selection, verification = attend_certified(query, cache, config, softmax_scale, prng_key, layer)
         read, verified = verification.read, _verified_stats(verification, config)
     batch = query.shape[0]
     stats = DecodeStats(

@@ -9,6 +9,10 @@ with tau = (t - s) / sd and H_j = Phi(tau - j sd) / Phi(-tau),
 
 is free of bias, and the mean square of the error, for independent normal errors. No assumption is made on how the true
 logits are spread.
+
+The first sum of (4) is over nearly all tokens, but needs no pass over them. None that was not found has z - sd^2 at or
+above the threshold of the bulk: the sum is C1 there, which the choice of the threshold knows, less what found tokens
+have in it.
 """
 
 import dataclasses
@@ -38,20 +42,25 @@ class Found:
       variance: equation (5), in units of e^(2 peak).
       information, score: of the shift that the found tokens' errors have in common, in standard deviations: the
         likelihood's curvature and slope at no shift, of normal errors cut off at the threshold.
+      returned: what these tokens have in C1 at the threshold of the bulk, in units of e^peak.
+      number: of tokens.
     """
 
     missed: jax.Array
     variance: jax.Array
     information: jax.Array
     score: jax.Array
+    returned: jax.Array
+    number: jax.Array
 
 
-def found_terms(true, noisy, sd, threshold, peak):
-    """A found token's terms of the sums in `Found`: missed, variance, information and score.
+def found_terms(true, noisy, sd, threshold, bulk, peak):
+    """A found token's terms of the sums in `Found`.
 
     Args:
       true, noisy: its true and its noisy scaled logit.
       sd, threshold: its deviation, and its threshold on the noisy logit.
+      bulk: the threshold of all tokens.
       peak: of `HeadMass`.
     """
     tau = jnp.clip((threshold - true) / sd, -2 * FAR, 2 * FAR)
@@ -64,11 +73,13 @@ def found_terms(true, noisy, sd, threshold, peak):
     # The slope and the curvature of log Phi(-tau), where it is not the tail of what is cut off.
     hazard = jnp.exp(-(tau**2) / 2 - log_found) / math.sqrt(2 * math.pi)
     sure = near & (tau < 0.5)
-    return (
-        jnp.where(near, missed, 0),
-        jnp.where(near, missed**2 + jnp.maximum(spread, 0), 0),
-        jnp.where(sure, 1 + tau * hazard - hazard**2, 0),
-        jnp.where(sure, (noisy - true) / sd - hazard, 0),
+    return Found(
+        missed=jnp.where(near, missed, 0),
+        variance=jnp.where(near, missed**2 + jnp.maximum(spread, 0), 0),
+        information=jnp.where(sure, 1 + tau * hazard - hazard**2, 0),
+        score=jnp.where(sure, (noisy - true) / sd - hazard, 0),
+        returned=jnp.where(noisy - sd**2 < bulk, jnp.exp(noisy - sd**2 / 2 - peak), 0),
+        number=jnp.ones_like(tau),
     )
 
 
@@ -96,27 +107,26 @@ class Certificate:
     bound: jax.Array
 
 
-def certify(
-    found: Found, left_out, log_attended, log_own, complete, mass: HeadMass, thresholds: Thresholds
-) -> Certificate:
+def certify(found: Found, below, log_attended, log_own, scored, mass: HeadMass, thresholds: Thresholds) -> Certificate:
     """The captured mass and its bound, O(1) a head.
 
     The total is at most own + (upper bound of the rest), whatever the heads' errors have to do with each other; so
     `attended` over it bounds the share of the union that the kv head attends.
 
     Args:
-      left_out: float32 [B,K,G], weights of the head's scored tokens that it did not find, in units of e^peak.
+      below: float32 [B,K,G], C1 at the threshold of the bulk, in units of e^peak.
       log_attended, log_own: float32 [B,K,G], logarithms of these masses.
-      complete: bool [B,K,G], the head left nothing out.
+      scored: int32 [B,1,1], how many tokens were scored; a head that found as many left nothing out.
     """
     k = thresholds.deviations
     relative = lambda log_mass: jnp.exp(jnp.minimum(log_mass - mass.peak, LARGEST_LOG))  # noqa: E731
     attended, own = relative(log_attended), relative(log_own)
-    rest = left_out + found.missed
+    rest = jnp.maximum(below - found.returned, 0) + found.missed
     shift = found.score / (found.information + PRIOR_TOKENS) * mass.mean_deviation
     # Where the errors that are seen are low together, those that are not will be, too.
     bulk = (1 + SHARED * k) * rest * jnp.exp(jnp.maximum(-shift, 0)) + k * jnp.sqrt(found.variance)
     upper = jnp.maximum(bulk, rest + relative(thresholds.single))
+    complete = found.number >= scored
     outside = jnp.maximum(rest - jnp.maximum(attended - own, 0), 0)
     return Certificate(
         attended=attended,

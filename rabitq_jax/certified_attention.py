@@ -12,22 +12,12 @@ import jax.numpy as jnp
 
 from rabitq_jax.cache import LayerCache
 from rabitq_jax.certificate import Certificate, certify
-from rabitq_jax.codes import Int4Query
 from rabitq_jax.config import RaBitQConfig
-from rabitq_jax.error_model import noise_gain
-from rabitq_jax.scores import proxy_scores
-from rabitq_jax.threshold_selection import Kept, keep_by_thresholds
-from rabitq_jax.thresholds import (
-    HeadMass,
-    NoisyLogits,
-    Thresholds,
-    certified_thresholds,
-    debiased_thresholds,
-    extended_thresholds,
-    measure_masses,
-)
+from rabitq_jax.noisy_bins import NoisyBins
+from rabitq_jax.noisy_scores import NoisyScores
+from rabitq_jax.selection import uses_mosaic
+from rabitq_jax.thresholds import Thresholds, extended_thresholds
 from rabitq_jax.top_p import Selection
-from rabitq_jax.verified_attention import verified_attention
 
 
 @jax.tree_util.register_dataclass
@@ -50,28 +40,24 @@ class Verification:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Round:
-    """The result of attending to what thresholds keep."""
+    """The result of attending to what thresholds keep: output, how many tokens, and what is known of them."""
 
     out: jax.Array
-    kept: Kept
+    counts: jax.Array
+    scored: jax.Array
     certificate: Certificate
 
 
 def attend_certified(
-    query: jax.Array,
-    quantized_query: Int4Query,
-    exact_lse: jax.Array,
-    cache: LayerCache,
-    config: RaBitQConfig,
-    softmax_scale: float,
+    query: jax.Array, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, layer: int = 0
 ) -> tuple[jax.Array, Selection, Verification]:
     """Attention of one token, with its captured mass verified.
 
     Args:
-      query: [B,K,G,D], exact, and the same in INT4.
-      exact_lse: float32 [B,K,G], as in `select_top_p`.
+      query: [B,K,G,D].
       cache: with codes; it holds the new token.
       config: selection "debiased" or "certified".
+      Others: as of `selection.choose_tokens`.
 
     Returns:
       float32 [B,K,G,D]; the tokens attended in the end; and what was verified. `Selection.mass` is the share that the
@@ -80,75 +66,58 @@ def attend_certified(
     Raises:
       NotImplementedError: the implementation that was named cannot do it.
     """
-    noisy = _estimate(query, quantized_query, cache, config, softmax_scale)
-    with jax.named_scope("find_thresholds"):
-        mass = measure_masses(noisy, exact_lse)
-        choose = debiased_thresholds if config.selection == "debiased" else certified_thresholds
-        thresholds, below = choose(
-            noisy, mass, top_p=config.top_p, failure_rate=config.failure_rate, implementation=config.select
+    estimates = (NoisyBins if uses_mosaic(cache, config) else NoisyScores)(
+        query, cache, config, softmax_scale, prng_key, layer
+    )
+    scored = jnp.maximum(cache.quantized - config.sink, 0)[:, None, None]
+
+    def attend(indices, counts, thresholds: Thresholds, below) -> _Round:
+        with jax.named_scope("verified_attention"):
+            out, log_attended, log_own, found = estimates.attend(indices, counts, thresholds)
+        certificate = certify(found, below, log_attended, log_own, scored, estimates.mass, thresholds)
+        return _Round(out=out, counts=counts, scored=found.number.astype(jnp.int32), certificate=certificate)
+
+    def lower_thresholds(first: _Round) -> tuple[Thresholds, jax.Array]:
+        return extended_thresholds(
+            estimates.find_bulk, estimates.mass, *estimates.thresholds(), first.certificate, short, top_p=config.top_p
         )
 
-    def attend(thresholds: Thresholds, rows=None) -> _Round:
-        return _attend_round(query, cache, noisy, mass, thresholds, rows, config, softmax_scale)
+    def pick(new, old):
+        """The second round's where a kv head had one."""
+        rows = jnp.any(short, axis=-1)
+        return jnp.where(rows.reshape(*rows.shape, *(1,) * (new.ndim - 2)), new, old)
 
     def extend(first: _Round):
-        known = first.certificate
-        lower = extended_thresholds(
-            noisy, mass, thresholds, below, known.rest, known.bulk, known.attended, known.own, short,
-            top_p=config.top_p, implementation=config.select,
-        )  # fmt: skip
-        rows = jnp.any(short, axis=-1)
-        second = attend(lower, rows)
-        pick = lambda new, old: jnp.where(rows.reshape(*rows.shape, *(1,) * (new.ndim - 2)), new, old)  # noqa: E731
-        return jax.tree.map(pick, second, first), first.kept.counts + second.kept.counts
+        thresholds, below = lower_thresholds(first)
+        second = attend(*estimates.keep(thresholds, jnp.any(short, axis=-1)), thresholds, below)
+        return jax.tree.map(pick, second, first), first.counts + second.counts
 
-    last = attend(thresholds)
-    short, read = jnp.zeros(query.shape[:3], bool), last.kept.counts
+    with jax.named_scope("find_thresholds"):
+        thresholds, below = estimates.thresholds()
+    with jax.named_scope("keep_by_thresholds"):
+        indices, counts = estimates.keep(thresholds)
+    first = last = attend(indices, counts, thresholds, below)
+    short, read = jnp.zeros(query.shape[:3], bool), counts
     if config.selection == "certified" and config.top_p < 1:
-        short = last.certificate.bound < config.top_p
+        short = first.certificate.bound < config.top_p
         with jax.named_scope("extend"):
-            last, read = jax.lax.cond(jnp.any(short), extend, lambda first: (first, first.kept.counts), last)
+            last, read = jax.lax.cond(jnp.any(short), extend, lambda first: (first, first.counts), first)
+            # A branch copies what it passes on. So the list has one of its own, which is left out where nobody asks.
+            indices = jax.lax.cond(
+                jnp.any(short),
+                lambda first: pick(estimates.keep(lower_thresholds(first)[0], jnp.any(short, axis=-1))[0], indices),
+                lambda first: indices,
+                first,
+            )
     verified, bound = last.certificate.verified, last.certificate.bound
     out = _add_tail(last.out, verified, cache, config) if config.tail == "mean" else last.out
     selection = Selection(
-        indices=last.kept.indices,
-        counts=last.kept.counts,
-        scored=last.kept.scored,
-        mass=1 - below / jnp.where(mass.total == 0, 1.0, mass.total),
+        indices=indices,
+        counts=last.counts,
+        scored=last.scored,
+        mass=1 - below / jnp.where(estimates.mass.total == 0, 1.0, estimates.mass.total),
     )
     return out, selection, Verification(verified=verified, bound=bound, extended=short, read=read)
-
-
-def _estimate(query, quantized_query: Int4Query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float):
-    """NoisyLogits of the cache's tokens."""
-    if config.select == "mosaic":
-        raise NotImplementedError(f"select 'mosaic' keeps no scores, which selection {config.selection!r} needs")
-    assert cache.codes is not None
-    with jax.named_scope("proxy_scores"):
-        scores = proxy_scores(
-            query, quantized_query, cache.codes, cache.quantized,
-            softmax_scale=softmax_scale, implementation=config.scores,
-        )  # fmt: skip
-    noise = noise_gain(query, quantized_query, cache.codes, softmax_scale=softmax_scale, rounding=config.query_rounding)
-    return NoisyLogits(scores=scores, noise=noise, scale=cache.codes.scale, quantized=cache.quantized, sink=config.sink)
-
-
-def _attend_round(
-    query, cache: LayerCache, noisy: NoisyLogits, mass: HeadMass, thresholds: Thresholds, rows, config, softmax_scale
-) -> _Round:
-    """Select, attend and verify; in the kv heads bool [B,K] alone, where `rows` is not None."""
-    with jax.named_scope("keep_by_thresholds"):
-        kept = keep_by_thresholds(noisy, mass, thresholds, cache.length, implementation=config.select)
-        if rows is not None:
-            kept = dataclasses.replace(kept, counts=jnp.where(rows, kept.counts, 0))
-    with jax.named_scope("verified_attention"):
-        out, log_attended, log_own, found = verified_attention(
-            query, cache.keys, cache.values, kept.indices, kept.counts, noisy, mass, thresholds,
-            softmax_scale=softmax_scale, implementation=config.attend,
-        )  # fmt: skip
-    scored = jnp.maximum(noisy.quantized - noisy.sink, 0)[:, None, None]
-    certificate = certify(found, kept.left_out, log_attended, log_own, kept.scored >= scored, mass, thresholds)
-    return _Round(out=out, kept=kept, certificate=certificate)
 
 
 def _add_tail(out, verified, cache: LayerCache, config: RaBitQConfig):

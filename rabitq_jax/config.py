@@ -47,8 +47,7 @@ class RaBitQConfig:
         number a token).
       query_rounding: "random" (unbiased, needs a PRNG key in every decode step) or "nearest".
       scores, select, attend, quantize: implementation of each stage; None is the kernel on a GPU, XLA elsewhere.
-        select "mosaic" makes the scores too, so that `scores` must be None; it needs a Hopper GPU, JAX 0.11 and
-        selection "plain".
+        select "mosaic" makes the scores too, so that `scores` must be None; it needs a Hopper GPU and JAX 0.11.
 
     Raises:
       ValueError: a value is outside its range, or two contradict each other.

@@ -16,7 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from rabitq_jax.codes import Int4Query, KeyCodes
+from rabitq_jax.codes import KeyCodes
 from rabitq_jax.config import QueryRounding
 
 SIGN_COSINE2 = 2 / math.pi
@@ -24,12 +24,13 @@ ROUNDING_VARIANCE = {"random": 1 / 6, "nearest": 1 / 12}
 
 
 def noise_gain(
-    query: jax.Array, quantized: Int4Query, codes: KeyCodes, *, softmax_scale: float, rounding: QueryRounding
+    query: jax.Array, step: jax.Array, codes: KeyCodes, *, softmax_scale: float, rounding: QueryRounding
 ) -> jax.Array:
     """`noise` of equation (2).
 
     Args:
-      query: [B,K,G,D], exact, and the same in INT4.
+      query: [B,K,G,D], exact.
+      step: float32 [B,K,G], of the same in INT4 (`Int4Query.step`).
       codes: whose rotation and query centroid the estimates are made with.
       softmax_scale: factor from <q, k> to a logit.
       rounding: how the query was rounded.
@@ -37,14 +38,18 @@ def noise_gain(
     Returns:
       float32 [B,K,G], in nats for each unit of `scale`.
     """
-    size = codes.rotation.shape[0]
+    of_norm, of_step = noise_gains(codes.rotation.shape[0], softmax_scale, rounding)
     centred = query.astype(jnp.float32)
     if codes.query_centroid is not None:
         centred = centred - codes.query_centroid[:, :, None]
+    return jnp.sqrt(of_norm * jnp.sum(centred * centred, axis=-1) + of_step * step**2)
+
+
+def noise_gains(size: int, softmax_scale: float, rounding: QueryRounding) -> tuple[float, float]:
+    """The factors of |q - c_q|^2 and of step^2 in the square of `noise`, for codes of `size` dimensions."""
     cosine2 = SIGN_COSINE2 + (1 - SIGN_COSINE2) / size
-    of_signs = (1 - cosine2) / (size - 1) * jnp.sum(centred * centred, axis=-1)
-    of_rounding = ROUNDING_VARIANCE[rounding] * quantized.step**2
-    return softmax_scale * jnp.sqrt(size * (of_signs + of_rounding))
+    variance = softmax_scale**2 * size
+    return variance * (1 - cosine2) / (size - 1), variance * ROUNDING_VARIANCE[rounding]
 
 
 def error_bound(noise: jax.Array, scale: jax.Array, eps0: float = 1.9) -> jax.Array:

@@ -11,6 +11,7 @@ from rabitq_jax import codes as key_codes
 from rabitq_jax._dispatch import select
 from rabitq_jax.cache import LayerCache
 from rabitq_jax.config import RaBitQConfig
+from rabitq_jax.error_model import noise_gain, noise_gains
 from rabitq_jax.exact_logsumexp import exact_logsumexp_reference
 from rabitq_jax.scores import centroid_shift
 
@@ -23,6 +24,7 @@ class PreparedQuery:
     Attributes:
       planes: int32 [B,K,H,4,W], bit planes of the levels; see `pallas_kernels.popcount_scores`.
       factors: float32 [B,K,H,2], step times softmax scale, and minus the sum of the levels.
+      noise: float32 [B,K,H], `error_model.noise_gain`.
       base: float32 [B,K,H], where bins of scores begin: above the largest score, as a rule (see
         `pallas_kernels.prepare_query.likely_peak`).
       shift: float32 [B,K,H,C], scaled <q, c_k>.
@@ -32,6 +34,7 @@ class PreparedQuery:
 
     planes: jax.Array
     factors: jax.Array
+    noise: jax.Array
     base: jax.Array
     shift: jax.Array
     exact_lse: jax.Array
@@ -50,6 +53,7 @@ def prepare_query_reference(
     )
     shift = centroid_shift(query, codes, softmax_scale)
     gain = quantized.step * softmax_scale
+    noise = noise_gain(query, quantized.step, codes, softmax_scale=softmax_scale, rounding=config.query_rounding)
     minus_sum = -jnp.sum(quantized.levels, axis=-1).astype(jnp.float32)
 
     token = kernel.sample_positions(cache.quantized[:, None], config.sink, cache.capacity)
@@ -74,6 +78,7 @@ def prepare_query_reference(
     return PreparedQuery(
         planes=padded(bit_planes(quantized.levels)),
         factors=padded(jnp.stack([gain, minus_sum], axis=-1)),
+        noise=padded(noise),
         base=padded(base),
         shift=padded(shift),
         exact_lse=padded(exact_lse),
@@ -86,12 +91,15 @@ def _prepare_pallas(
 ):
     codes = cache.codes
     assert codes is not None
-    planes, factors, base, shift, exact_lse, zero = kernel.prepare_query(
+    planes, factors, noise, base, shift, exact_lse, zero = kernel.prepare_query(
         query, cache.keys, codes.rotation, codes.query_centroid, codes.key_centroids,
         key_codes.rounding_seed(config.query_rounding, prng_key), layer, cache.quantized, cache.length,
         sink=config.sink, softmax_scale=softmax_scale, scope_all=config.top_p_scope == "all", zeros=zeros,
+        noise_gains=noise_gains(codes.rotation.shape[0], softmax_scale, config.query_rounding),
     )  # fmt: skip
-    return PreparedQuery(planes=planes, factors=factors, base=base, shift=shift, exact_lse=exact_lse, zeros=zero)
+    return PreparedQuery(
+        planes=planes, factors=factors, noise=noise, base=base, shift=shift, exact_lse=exact_lse, zeros=zero
+    )
 
 
 IMPLEMENTATIONS = {"xla": prepare_query_reference, "pallas": _prepare_pallas}

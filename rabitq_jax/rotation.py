@@ -13,10 +13,13 @@ HADAMARD_ROUNDS = 3
 
 
 def code_dim(head_dim: int, kind: RotationKind) -> int:
-    """Number of bits of a key's code: `head_dim` rounded up to whole words, or to a power of two for "hadamard"."""
+    """Number of bits of a key's code: `head_dim` rounded up to 32, 64 or a multiple of 128, which the binary tensor
+    core takes, or to a power of two for "hadamard". Bits that are added make estimates better."""
     words = -(-head_dim // 32)
     if kind == "hadamard":
         words = 1 << (words - 1).bit_length()
+    elif words > 2:
+        words = -(-words // 4) * 4
     return 32 * words
 
 

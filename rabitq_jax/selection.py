@@ -41,11 +41,7 @@ def choose_tokens(
       NotImplementedError: the kernel that was named cannot take the shape.
     """
     assert cache.codes is not None
-    if config.select == "mosaic" and not on_hopper():
-        raise NotImplementedError("select 'mosaic' needs a Hopper GPU and JAX 0.11 or newer")
-    unnamed = config.scores is None and config.select is None
-    takes = mosaic_top_p.takes(cache.codes.bits, cache.codes.key_centroids)
-    if config.select == "mosaic" or (unnamed and on_hopper() and takes):
+    if uses_mosaic(cache, config):
         return _choose_mosaic(query, cache, config, softmax_scale, prng_key, layer)
     quantized, exact_lse = quantize_and_sum(query, cache, config, softmax_scale, prng_key, layer)
     with jax.named_scope("proxy_scores"):
@@ -57,6 +53,21 @@ def choose_tokens(
             scores, exact_lse, cache.quantized, cache.length,
             sink=config.sink, top_p=config.top_p, implementation=config.select,
         )  # fmt: skip
+
+
+def uses_mosaic(cache: LayerCache, config: RaBitQConfig) -> bool:
+    """Whether scores are made in bins, by the kernels for Hopper GPUs.
+
+    Raises:
+      NotImplementedError: they were named, but are not for this device.
+    """
+    assert cache.codes is not None
+    if config.select == "mosaic":
+        if not on_hopper():
+            raise NotImplementedError("select 'mosaic' needs a Hopper GPU and JAX 0.11 or newer")
+        return True
+    unnamed = config.scores is None and config.select is None
+    return unnamed and on_hopper() and mosaic_top_p.takes(cache.codes.bits, cache.codes.key_centroids)
 
 
 def quantize_and_sum(

@@ -12,6 +12,7 @@ of weights, and of their squares, over the scored tokens with z - sd^2 < t. Thre
 import dataclasses
 import math
 import statistics
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -247,23 +248,24 @@ def certified_thresholds(
 
 
 def extended_thresholds(
-    noisy: NoisyLogits, mass: HeadMass, first: Thresholds, below, rest, rest_upper, attended, own, short,
-    *, top_p: float, implementation=None,
-) -> Thresholds:  # fmt: skip
-    """The second round's thresholds, now that the mass of the kept tokens is known, and the level of the rest.
+    find: Callable, mass: HeadMass, first: Thresholds, below, known, short, *, top_p: float
+) -> tuple[Thresholds, jax.Array]:
+    """The second round's thresholds, now that the mass of the kept tokens is known, and the level of the rest; and C1
+    at them.
 
     Args:
+      find: `find_bulk`, of a budget, a level and deviations.
       first, below: of the first round.
-      rest, rest_upper: float32 [B,K,G], the mass outside the head's own tokens and its upper bound.
-      attended, own: float32 [B,K,G], mass of the tokens that the kv head attends, and of the head's own.
+      known: the `certificate.Certificate` that it ended with.
       short: bool [B,K,G]; the other heads' thresholds stay.
     """
     k = first.deviations
-    budget = (1 - top_p) / top_p * attended
-    others = jnp.maximum(attended - own, 0)
+    budget = (1 - top_p) / top_p * known.attended
+    others = jnp.maximum(known.attended - known.own, 0)
     before = jnp.maximum(below, 1e-30)
-    bulk, below = find_bulk(noisy, mass, budget + others, rest_upper / before, k, implementation=implementation)
-    expected = jnp.maximum(below * jnp.maximum(rest / before, 1) - others, 0)
+    bulk, new = find(budget + others, known.bulk / before, k)
+    expected = jnp.maximum(new * jnp.maximum(known.rest / before, 1) - others, 0)
     single = jnp.log(jnp.maximum(budget - expected, LEAST_SINGLE * budget)) + mass.peak
     lower = lambda old, new: jnp.where(short, jnp.minimum(old, new), old)  # noqa: E731
-    return Thresholds(bulk=lower(first.bulk, bulk), single=lower(first.single, single), deviations=k)
+    thresholds = Thresholds(bulk=lower(first.bulk, bulk), single=lower(first.single, single), deviations=k)
+    return thresholds, jnp.where(short & (bulk < first.bulk), new, below)

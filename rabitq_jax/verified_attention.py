@@ -4,11 +4,12 @@ The logits of the attended tokens are there anyway; beside the softmax they give
 head's own tokens, and the sums of certificate.py.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import found_tokens as found_tokens_kernel
-from pallas_kernels import gathered_attention as gathered_attention_kernel
+from pallas_kernels import verified_attention as kernel
 from rabitq_jax._dispatch import select
 from rabitq_jax.certificate import FAR, LARGEST_LOG, Found, found_terms
 from rabitq_jax.gathered_attention import Tiles, rescale
@@ -31,7 +32,7 @@ def verified_attention_reference(
     bulk, single, peak = (x[..., None] for x in (thresholds.bulk, thresholds.single, mass.peak))
 
     def attend_tile(i, state):
-        (peak_so_far, total, out), own, found = state
+        (peak_so_far, total, out), own, sums = state
         valid, token, logits, value = tiles.load(i)
         new_peak, weights, decay = rescale(peak_so_far, total, logits, valid)
         total = total * decay + jnp.sum(weights, axis=-1)
@@ -45,15 +46,15 @@ def verified_attention_reference(
         is_found = is_scored & ~((scores < threshold) & (scores > -jnp.inf))
         is_own = is_found | (valid & ~is_scored)
         own = own * decay + jnp.sum(jnp.where(is_own, weights, 0), axis=-1)
-        terms = found_terms(logits, scores, sd, threshold, peak)
-        found = [x + jnp.sum(jnp.where(is_found, term, 0), axis=-1) for x, term in zip(found, terms, strict=True)]
-        return (new_peak, total, out), own, found
+        terms = found_terms(logits, scores, sd, threshold, bulk, peak)
+        add = lambda x, term: x + jnp.sum(jnp.where(is_found, term, 0), axis=-1)  # noqa: E731
+        return (new_peak, total, out), own, jax.tree.map(add, sums, terms)
 
     zero = jnp.zeros(query.shape[:3], jnp.float32)
-    state = (tiles.start(), zero, [zero] * 4)
-    (peak_found, total, out), own, sums = jax.lax.fori_loop(0, tiles.count, attend_tile, state)
-    missed, variance, information, score = sums
-    found = Found(missed=missed, variance=variance, information=information, score=score)
+    nothing = Found(missed=zero, variance=zero, information=zero, score=zero, returned=zero, number=zero)
+    (peak_found, total, out), own, found = jax.lax.fori_loop(
+        0, tiles.count, attend_tile, (tiles.start(), zero, nothing)
+    )
     out = jnp.where(counts[..., None, None] == 0, 0.0, out / total[..., None])
     return out, peak_found + jnp.log(total), peak_found + jnp.log(own), found
 
@@ -62,18 +63,23 @@ def _verified_attention_pallas(
     query, keys, values, indices, counts, noisy: NoisyLogits, mass: HeadMass, thresholds: Thresholds,
     *, softmax_scale: float,
 ):  # fmt: skip
-    """One kernel attends and hands out the logits of the listed tokens; another sums over them."""
-    out, logits = gathered_attention_kernel.gathered_attention_and_logits(
-        query, keys, values, indices, counts, softmax_scale=softmax_scale
-    )
-    attended, own, missed, variance, information, score = found_tokens_kernel.found_tokens(
-        noisy.scores, noisy.noise, noisy.scale, noisy.quantized, thresholds.bulk, thresholds.single, mass.peak,
-        indices, counts, logits,
-        sink=noisy.sink, deviations=thresholds.deviations, least_deviation=LEAST_DEVIATION, far=FAR,
-        largest_log=LARGEST_LOG,
+    limits = jnp.stack([noisy.noise, mass.peak, thresholds.bulk, thresholds.single], axis=-1)
+    out, sums = kernel.verified_attention(
+        query, keys, values, indices, counts, noisy.scores, noisy.scale, noisy.quantized, limits,
+        softmax_scale=softmax_scale, sink=noisy.sink, deviations=thresholds.deviations, **CONSTANTS,
     )  # fmt: skip
-    found = Found(missed=missed, variance=variance, information=information, score=score)
-    return out, mass.peak + jnp.log(attended), mass.peak + jnp.log(own), found
+    return out, *log_masses(sums, mass)
+
+
+CONSTANTS = {"least_deviation": LEAST_DEVIATION, "far": FAR, "largest_log": LARGEST_LOG}
+
+
+def log_masses(sums, mass: HeadMass):
+    """From the kernel's sums: the logarithms of the mass attended and of the head's own, and `Found`."""
+    attended, own, *found = (sums[..., i] for i in range(kernel.KINDS))
+    names = [field.name for field in dataclasses.fields(Found)]
+    found = Found(**dict(zip(names, found, strict=True)))
+    return mass.peak + jnp.log(attended), mass.peak + jnp.log(own), found
 
 
 IMPLEMENTATIONS = {"xla": verified_attention_reference, "pallas": _verified_attention_pallas}

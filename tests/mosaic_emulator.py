@@ -110,6 +110,13 @@ class Emulator:
         power = np.exp2(x)
         return np.where(power < np.finfo(np.float32).tiny, np.float32(0), power).astype(np.float32)
 
+    def log2(self, x):
+        with np.errstate(divide="ignore"):
+            return np.log2(x)
+
+    def square_root(self, x):
+        return np.sqrt(x)
+
     def negate(self, condition):
         return ~condition
 
@@ -189,6 +196,11 @@ class Emulator:
         np.add.at(at.memory, at.word[wanted], low[wanted])
         np.add.at(at.memory, at.word[wanted] + 1, high[wanted])
 
+    def add_global_wide(self, at, x):
+        wanted = self.mask & (x != 0)
+        assert np.all(at.word[wanted] % 2 == 0)
+        np.add.at(at.memory.view(np.uint64), at.word[wanted] // 2, x[wanted].astype(np.uint64))
+
     def max_global(self, at, x):
         np.maximum.at(at.memory, at.word[self.mask], x[self.mask])
 
@@ -197,6 +209,10 @@ class Emulator:
 
     def shuffle_up(self, x, lanes):
         return np.where(THREADS % 32 < lanes, x, x[THREADS - np.where(THREADS % 32 < lanes, 0, lanes)])
+
+    def shuffle_down(self, x, lanes):
+        there = THREADS % 32 + lanes < 32
+        return np.where(there, x[np.where(there, THREADS + lanes, THREADS)], x)
 
     def shuffle(self, x, lane):
         return x[THREADS // 32 * 32 + lane]
@@ -232,6 +248,15 @@ class Emulator:
         if self.mask.any():
             body()
         self.mask = outer
+
+    def update(self, condition, carried, body):
+        result = list(carried)
+
+        def put():
+            result[:] = [np.where(condition, new, old) for new, old in zip(body(carried), carried, strict=True)]
+
+        self.when(condition, put)
+        return result
 
     def loop(self, count, carried, body):
         for i in range(int(np.max(self.value(count)))):

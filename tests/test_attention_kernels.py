@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.shapes import LARGE, SMALL
+from pallas_kernels import gathered_attention as kernel
 from pallas_kernels import quantize_keys
 from rabitq_jax import codes as key_codes
 from rabitq_jax import exact_logsumexp, gathered_attention, top_p
@@ -161,6 +162,23 @@ def test_gathered_attention(shape, dtype, tolerance):
     )
     assert np.all(np.asarray(got)[np.asarray(counts) == 0] == 0)
     np.testing.assert_allclose(got, want, atol=tolerance * float(jnp.abs(want).max()), rtol=0)
+
+
+@pytest.mark.parametrize("programs", [1, 7, 40])
+@pytest.mark.parametrize("counts", [(0, 512, 0, 0, 3, 64, 65, 200), (0,) * 8, (0, 0, 0, 1, 0, 0, 0, 0), (512,) * 8])
+def test_gathered_attention_is_split_evenly_over_uneven_lists(counts, programs, monkeypatch):
+    """Programs that go through many lists, that share one, and that have nothing to do."""
+    monkeypatch.setattr(kernel, "PROGRAMS", programs)
+    monkeypatch.setattr(kernel, "COMBINED_PARTS", 4)
+    keys = jax.random.split(jax.random.key(9), 3)
+    query, key, value = (jax.random.normal(k, (4, 2, n, 16)) for k, n in zip(keys, (3, 512, 512), strict=True))
+    indices = jnp.asarray([np.random.default_rng(i).permutation(512) for i in range(8)], jnp.int32).reshape(4, 2, 512)
+    arguments = query, key, value, indices, jnp.asarray(counts, jnp.int32).reshape(4, 2)
+    want, got = (
+        gathered_attention.gathered_attention(*arguments, softmax_scale=0.25, implementation=implementation)
+        for implementation in ("xla", "pallas")
+    )
+    np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()), rtol=0)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])

@@ -38,20 +38,21 @@ def test_capacity_must_be_whole_blocks(capacity, interval, unit):
         init_layer_cache(**(SIZES | {"capacity": capacity}), config=RaBitQConfig(interval=interval))
 
 
-@pytest.mark.parametrize("rotation,words", [("haar", 3), ("hadamard", 4)])
-def test_arrays_of_a_layer(rotation, words):
+@pytest.mark.parametrize("rotation", ["haar", "hadamard"])
+@pytest.mark.parametrize("head_dim,words", [(20, 1), (48, 2), (80, 4)])
+def test_arrays_of_a_layer(rotation, head_dim, words):
     config = RaBitQConfig(interval=64, rotation=rotation, query_centroid="prompt")
-    cache = init_layer_cache(**(SIZES | {"head_dim": 80}), config=config)
+    cache = init_layer_cache(**(SIZES | {"head_dim": head_dim}), config=config)
     shapes = {path: (leaf.shape, leaf.dtype.name) for path, leaf in vars(cache.codes).items()}
     assert shapes == {
         "bits": ((2, 2, 512, words), "uint32"),
         "scale": ((2, 2, 512), "bfloat16"),
         "bias": ((2, 2, 512), "bfloat16"),
-        "key_centroids": ((2, 2, 8, 80), "bfloat16"),
-        "query_centroid": ((2, 2, 80), "float32"),
-        "rotation": ((32 * words, 80), "float32"),
+        "key_centroids": ((2, 2, 8, head_dim), "bfloat16"),
+        "query_centroid": ((2, 2, head_dim), "float32"),
+        "rotation": ((32 * words, head_dim), "float32"),
     }
-    assert cache.keys.shape == cache.values.shape == (2, 2, 512, 80) and cache.keys.dtype == jnp.bfloat16
+    assert cache.keys.shape == cache.values.shape == (2, 2, 512, head_dim) and cache.keys.dtype == jnp.bfloat16
     assert cache.capacity == 512 and cache.length.tolist() == cache.quantized.tolist() == [0, 0]
 
 

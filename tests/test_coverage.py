@@ -11,7 +11,7 @@ from scipy.stats import binom
 
 from benchmarks import hard_heads
 from benchmarks.hard_heads import KINDS, KV_HEADS, QUERIES, measure_kind
-from rabitq_jax import RaBitQConfig, certified_attention
+from rabitq_jax import RaBitQConfig, noisy_scores
 
 TOKENS = 1024
 FEW, MANY = 1280, 20480
@@ -56,8 +56,8 @@ def test_certified_selection_holds_p():
 
 def test_count_of_failures_would_show_a_wrong_error_model(monkeypatch):
     """With half the noise assumed, the same count refuses the promise."""
-    noise_gain = certified_attention.noise_gain
-    monkeypatch.setattr(certified_attention, "noise_gain", lambda *args, **kwargs: 0.5 * noise_gain(*args, **kwargs))
+    noise_gain = noisy_scores.noise_gain
+    monkeypatch.setattr(noisy_scores, "noise_gain", lambda *args, **kwargs: 0.5 * noise_gain(*args, **kwargs))
     hard_heads._measure.clear_cache()
     found = measure("random", FEW, top_p=0.95, selection="certified")
     hard_heads._measure.clear_cache()

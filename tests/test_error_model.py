@@ -56,7 +56,7 @@ def errors(query, keys, query_mean, rng_keys, config):
         )
         scores = proxy_scores(grouped, quantized, codes, jnp.array([TOKENS]), softmax_scale=softmax_scale)
         noise = error_model.noise_gain(
-            grouped, quantized, codes, softmax_scale=softmax_scale, rounding=config.query_rounding
+            grouped, quantized.step, codes, softmax_scale=softmax_scale, rounding=config.query_rounding
         )
         return (scores[0, 0] - exact) / error_model.error_bound(noise, codes.scale, eps0=1.0)[0, 0]
 
@@ -104,7 +104,7 @@ def test_deviation_needs_each_of_its_terms():
     quantized = key_codes.quantize_query(query, codes.rotation, None, rounding="nearest")
 
     def gain(quantized, codes, rounding="random"):
-        return error_model.noise_gain(query, quantized, codes, softmax_scale=0.125, rounding=rounding)
+        return error_model.noise_gain(query, quantized.step, codes, softmax_scale=0.125, rounding=rounding)
 
     full = gain(quantized, codes)
     no_rounding = gain(key_codes.Int4Query(levels=quantized.levels, step=0 * quantized.step), codes)

@@ -63,7 +63,7 @@ def test_gathered_attention_lowers(shape, dtype, monkeypatch):
     indices, counts = array(*rows, shape.tokens, dtype=jnp.int32), array(*rows, dtype=jnp.int32)
     query = array(*rows, shape.group, shape.head_dim, dtype=dtype)
     text = kernel_text(monkeypatch, attend, query, kv, kv, indices, counts)
-    assert "gathered_attention" in text and "combine_splits" in text
+    assert "gathered_attention" in text and "combine_parts" in text
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -89,7 +89,7 @@ def test_certified_attention_lowers(shape, monkeypatch):
         return out, stats
 
     text = kernel_text(monkeypatch, step, query, cache)
-    kernels = ("masses_below", "top_p_mark", "top_p_write", "gathered_attention", "found_tokens")
+    kernels = ("masses_below", "top_p_mark", "top_p_write", "gathered_attention", "found_tokens", "combine_parts")
     assert all(kernel in text for kernel in kernels)
     assert "top_p_histogram" not in text
 

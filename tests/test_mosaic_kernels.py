@@ -10,7 +10,13 @@ import pytest
 from benchmarks.checks import check_superset
 from benchmarks.planting import planted_case
 from benchmarks.shapes import Shape, make_case
-from pallas_kernels import mosaic_compact, mosaic_score_bins, mosaic_top_p
+from pallas_kernels import (
+    mosaic_certified_threshold,
+    mosaic_compact,
+    mosaic_score_bins,
+    mosaic_top_p,
+    mosaic_top_p_threshold,
+)
 from pallas_kernels.popcount_scores import bit_planes
 from pallas_kernels.prepare_query import padded_heads
 from rabitq_jax import attention
@@ -162,7 +168,7 @@ def check_selection(shape, sharpness, offset, *, top_p=0.9, jit=lambda run: run)
 
 def emulate(monkeypatch):
     emulator = Emulator()
-    for module in (mosaic_score_bins, mosaic_compact):
+    for module in (mosaic_score_bins, mosaic_compact, mosaic_top_p_threshold, mosaic_certified_threshold):
         monkeypatch.setattr(module, "m", emulator)
 
 
@@ -266,7 +272,7 @@ def kept_bins(places, counts, above, base, peak, exact_lse, top_p):
     exact = np.exp(min(exact_lse - highest, 60))
     for kept in range(257):
         held, dropped = exact + lower[:kept].sum(), upper[kept:].sum()
-        if held * (1 - top_p) >= top_p * (1 + mosaic_compact.SLACK) * dropped:
+        if held * (1 - top_p) >= top_p * (1 + mosaic_top_p_threshold.SLACK) * dropped:
             return kept
     return 256
 

@@ -16,7 +16,8 @@ def draw(seed, head_dim, kind):
 
 
 @pytest.mark.parametrize(
-    "head_dim,haar,hadamard", [(1, 32, 32), (32, 32, 32), (33, 64, 64), (80, 96, 128), (96, 96, 128)]
+    "head_dim,haar,hadamard",
+    [(1, 32, 32), (32, 32, 32), (33, 64, 64), (80, 128, 128), (128, 128, 128), (192, 256, 256), (320, 384, 512)],
 )
 def test_code_has_whole_words(head_dim, haar, hadamard):
     assert rotation.code_dim(head_dim, "haar") == haar

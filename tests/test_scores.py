@@ -74,5 +74,5 @@ def test_dispatch_and_refusals():
     with pytest.raises(ValueError, match="implementation must be one of .*got 'cuda'"):
         scores.proxy_scores(query, quantized, codes, length, softmax_scale=1.0, implementation="cuda")
     short = dataclasses.replace(quantized, levels=quantized.levels[..., :64])
-    with pytest.raises(ValueError, match="64 dimensions, codes 96 bits"):
+    with pytest.raises(ValueError, match="64 dimensions, codes 128 bits"):
         scores.proxy_scores(query, short, codes, length, softmax_scale=1.0)

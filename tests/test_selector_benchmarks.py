@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import decode_attention, methods, needles, report, selectors, selectors_report, speed_report
+from benchmarks import decode_attention, methods, needles, report, scores, selectors, selectors_report
 from benchmarks.shapes import SUITES
 from rabitq_jax.selectors import SELECTORS, SnapKV, kivi, magicpig, selector
 from rabitq_jax.selectors.arguments import parse_selector
@@ -86,7 +86,7 @@ TOKENS, ROW = 832 + 640, 256
 
 def decode_rows(results, *texts: str) -> list[dict]:
     run(decode_attention.main, *(word for text in texts for word in ("--method", text)))
-    rows = rows_of(results, "decode_attention_selectors")
+    rows = rows_of(results, "decode_attention_methods")
     assert [row["implementation"] for row in rows] == list(texts)
     return rows
 
@@ -122,17 +122,18 @@ def test_rows_of_methods_make_a_table(results, monkeypatch):
     monkeypatch.setitem(SUITES, "small", (CASE,))
     rabitq, kivi = decode_rows(results, "rabitq:top_p=0.9", "kivi:bits=2")
     assert 0.85 < rabitq["true_mass"] < 1 and rabitq["kept"] < rabitq["bytes"] / (TOKENS * ROW) < 0.6
-    about, table = speed_report.decode_methods([rabitq, kivi])
-    assert "decode_attention_selectors.json" in about and len(table) == 4
+    table = selectors_report.time_table([rabitq, kivi]).split("\n")
+    assert len(table) == 4
     # 64 numbers of 2 bits, and two groups' zeros and scales; 128 to 255 exact keys and 128 exact values a sequence.
-    assert table[3].startswith(f"| `kivi:bits=2` | tiny | 100.0% | 100% | {kivi['bytes'] / TOKENS / ROW:.1%} | ")
+    assert table[3].startswith("| tiny | `kivi:bits=2` | ")
+    assert table[3].endswith(f" | {kivi['bytes'] / TOKENS / ROW:.1%} | 100.0% | 100.0% |")
     exact = (832 - 768) + 640 % 128 + 2 * 128
     assert kivi["bytes"] == (2 * TOKENS - exact) * (16 + 8) + exact * 128
     monkeypatch.setattr(report, "RESULTS", results)
     (results / "training.json").write_text((report.PAGES[1].parent / "results/training.json").read_text())
-    assert "decode-methods" not in report.sections()
-    (results / "decode_attention_selectors.json").write_text(json.dumps([rabitq, kivi]))
-    assert table[3] in report.sections()["decode-methods"]
+    assert "method-times" not in report.sections()
+    (results / "decode_attention_methods.json").write_text(json.dumps([rabitq, kivi]))
+    assert table[3] in report.sections()["method-times"]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +154,11 @@ def test_a_wrong_step_is_not_timed(text, module, function, results, monkeypatch)
         run(decode_attention.main, "--method", text)
     assert not (results / "cpu").exists()
     jax.clear_caches()
+
+
+def test_other_benchmarks_take_no_method():
+    outcome = CliRunner().invoke(scores.main, ["--method", "full"])
+    assert outcome.exit_code == 2 and "No such option" in outcome.output
 
 
 def test_methods_of_many_layers_are_measured_in_the_middle_one():
