@@ -164,8 +164,13 @@ def test_gathered_attention(shape, dtype, tolerance):
     np.testing.assert_allclose(got, want, atol=tolerance * float(jnp.abs(want).max()), rtol=0)
 
 
-@pytest.mark.parametrize("programs", [1, 7, 40])
-@pytest.mark.parametrize("counts", [(0, 512, 0, 0, 3, 64, 65, 200), (0,) * 8, (0, 0, 0, 1, 0, 0, 0, 0), (512,) * 8])
+UNEVEN = (0, 512, 0, 0, 3, 64, 65, 200)
+
+
+@pytest.mark.parametrize(
+    "counts,programs",
+    [(UNEVEN, 1), (UNEVEN, 7), (UNEVEN, 40), ((0,) * 8, 7), ((0, 0, 0, 1, 0, 0, 0, 0), 7), ((512,) * 8, 40)],
+)
 def test_gathered_attention_is_split_evenly_over_uneven_lists(counts, programs, monkeypatch):
     """Programs that go through many lists, that share one, and that have nothing to do."""
     monkeypatch.setattr(kernel, "PROGRAMS", programs)
