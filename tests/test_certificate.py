@@ -12,7 +12,7 @@ from scipy.stats import norm
 from benchmarks.exact import attended
 from rabitq_jax import RaBitQConfig, attention, certified_attention, noisy_scores, thresholds
 from rabitq_jax.cache import init_layer_cache
-from rabitq_jax.certificate import found_terms
+from rabitq_jax.certificate import Certificate, found_terms
 from rabitq_jax.gathered_attention import gathered_attention
 from rabitq_jax.threshold_selection import keep_by_thresholds
 from rabitq_jax.verified_attention import verified_attention
@@ -150,6 +150,26 @@ def test_no_budget_keeps_everything_that_has_weight():
     assert bulk[0, 0, 0] <= np.min(z - sd**2) and below[0, 0, 0] == 0
     bulk, below = thresholds.find_bulk(noisy, mass, nothing - 1, nothing, 0.0)
     assert bulk[0, 0, 0] == -np.inf and below[0, 0, 0] == 0
+
+
+def test_second_thresholds_come_with_the_mass_below_them():
+    """C1 at the lower threshold in heads that are short, at the first one in the others."""
+    noisy = noisy_logits(np.random.default_rng(7), kv_heads=2, group=2)
+    mass = thresholds.measure_masses(noisy, jnp.zeros((1, 2, 2)))
+    first, below = thresholds.certified_thresholds(noisy, mass, top_p=0.8, failure_rate=1e-2)
+    known = Certificate(
+        attended=0.6 * mass.total, own=0.6 * mass.total, rest=3 * below, bulk=4 * below, verified=below, bound=below
+    )
+    short = jnp.array([[[True, False], [False, True]]])
+    find = functools.partial(thresholds.find_bulk, noisy, mass)
+    lower, below_lower = thresholds.extended_thresholds(find, mass, first, below, known, short, top_p=0.8)
+    assert np.all(np.asarray(lower.bulk < first.bulk) == short) and np.all(lower.single <= first.single)
+    z, sd, peak = (np.asarray(x, np.float64) for x in (noisy.scores, noisy.deviation, mass.peak))
+    for at in np.ndindex(1, 2, 2):
+        part = slice(8, 384)
+        under = z[at][part] - sd[at][part] ** 2 < float(lower.bulk[at])
+        weight = np.exp(z[at][part] - sd[at][part] ** 2 / 2 - peak[at])
+        np.testing.assert_allclose(below_lower[at], weight[under].sum(), rtol=1e-4, atol=1e-6)
 
 
 def test_thresholds_keep_what_they_say():

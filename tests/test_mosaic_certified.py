@@ -16,6 +16,8 @@ from pallas_kernels.mosaic_certified_threshold import SPREAD
 from rabitq_jax import RaBitQConfig, attention, selection
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.cache import init_layer_cache
+from rabitq_jax.noisy_bins import NoisyBins
+from rabitq_jax.noisy_scores import NoisyScores
 from rabitq_jax.scores import proxy_scores_reference
 from rabitq_jax.thresholds import LEAST_SINGLE, SHARED, confidence
 from rabitq_jax.verified_attention import CONSTANTS
@@ -124,6 +126,8 @@ class _Head:
         assert total <= all_mass * (1 + 2e-3) + 1e-6
         if exact:
             assert total == pytest.approx(all_mass, rel=2e-3, abs=1e-6)
+        elif len(weight):
+            assert total >= weight[np.argmax(np.where(self.usable, self.z - self.sd**2, -np.inf))] * (1 - 2e-3)
         below_at = lambda n: weight[self.bin >= n].sum()  # noqa: E731
         near = np.abs(self.depth - kept) < 2e-3
         assert below == pytest.approx(below_at(kept), rel=4e-3, abs=1.2 * weight[near].sum() + 1e-6 * total)
@@ -151,7 +155,7 @@ class _Head:
 CASES = [
     (Shape(2, 2, 4, 1024, 128), True, 1.0, 1.0),
     (Shape(1, 2, 5, 512, 64), True, -3.0, 1.0),
-    (Shape(1, 1, 1, 1536, 128), False, 1.0, 2.5),
+    (Shape(1, 1, 1, 1536, 128), False, 1.0, 6.0),
     (Shape(3, 1, 2, 2560, 128), False, -3.0, 0.5),
 ]
 
@@ -337,6 +341,33 @@ def test_step_in_an_emulator(rule, top_p, size, monkeypatch):
             return attend(query, cache, dataclasses.replace(config, attend="pallas"))
 
     check_step(config, query, cache, run)
+
+
+def test_bins_answer_as_scores_do_in_an_emulator(monkeypatch):
+    """Masses, deviations and thresholds of budgets; and the search of a second round finds what the first one found."""
+    config = RaBitQConfig(top_p=0.9, selection="certified", interval=64, sink=4)
+    query, cache = case(Shape(1, 2, 3, 1024, 128), config)
+    arguments = query, cache, config, 128**-0.5, jax.random.key(0), 0
+    emulate(monkeypatch)
+    bins, scores = NoisyBins(*arguments), NoisyScores(*arguments)
+    total = lambda mass: np.asarray(mass.peak + jnp.log(mass.total))  # noqa: E731
+    np.testing.assert_allclose(total(bins.mass), total(scores.mass), atol=5e-3)
+    np.testing.assert_allclose(bins.mass.mean_deviation, scores.mass.mean_deviation, rtol=0.1)
+
+    thresholds, below = bins.thresholds()
+    budget = (1 - config.top_p) * bins.mass.total
+    bulk, again = bins.find_bulk(budget, 0 * budget, thresholds.deviations)
+    np.testing.assert_array_equal(bulk, thresholds.bulk)
+    np.testing.assert_allclose(again, below, rtol=1e-4, atol=1e-6)
+
+    for share, level in ((0.02, 0.0), (0.1, 2.0)):
+        found = [x.find_bulk(share * x.mass.total, jnp.full_like(below, level), 0.0) for x in (bins, scores)]
+        (edge, low), (want, want_low) = found
+        # Two grids of 1/8 nat.
+        np.testing.assert_allclose(edge, want, atol=0.26)
+        unit = jnp.exp(bins.mass.peak - scores.mass.peak)
+        np.testing.assert_allclose(low * unit, want_low, rtol=0.3)
+        assert np.all(max(level, 1) * low <= share * bins.mass.total * (1 + 1e-5))
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11")

@@ -64,6 +64,7 @@ def check_kernel(shape, change):
     np.testing.assert_allclose(got.factors[..., 0], want.factors[..., 0], rtol=1e-5)
     np.testing.assert_array_equal(got.factors[..., 1][same], want.factors[..., 1][same])
     real = np.arange(padded_heads(shape.group)) < shape.group
+    np.testing.assert_allclose(got.noise, want.noise, rtol=1e-5)
     np.testing.assert_allclose(got.base[..., real], want.base[..., real], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(got.shift, want.shift, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got.exact_lse[..., real], want.exact_lse[..., real], rtol=1e-3, atol=1e-3)
