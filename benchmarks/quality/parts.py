@@ -61,6 +61,7 @@ def evaluate_part(part: Part) -> tuple[list[dict], list[dict]]:
         answered = answer(
             decoder, tokenizer, problems, configs, key=jax.random.key(0), chat=part.chat, advance=bar.update
         )
+    _forget_programs()
     rows = [
         {"tokens": tokens, **way, **row}
         for way, replies in zip(about, answered, strict=True)
@@ -100,4 +101,10 @@ def probe_rows(decoder, tokenizer, part: Part, problems: Sequence[Problem]) -> l
         passes = probe(decoder, known, configs, key=jax.random.key(1), progress=True)
         for way, run in zip(about, passes, strict=True):
             rows.append({"tokens": part.tokens, "texts": name, **way, **compare(run, passes[configs.index(None)])})
+        _forget_programs()
     return rows
+
+
+def _forget_programs() -> None:
+    """Programs of many configurations, all kept, take more memory maps than a process may have: on a CPU, LLVM ends it."""
+    jax.clear_caches()
