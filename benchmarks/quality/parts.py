@@ -106,5 +106,5 @@ def probe_rows(decoder, tokenizer, part: Part, problems: Sequence[Problem]) -> l
 
 
 def _forget_programs() -> None:
-    """Programs of many configurations, all kept, take more memory maps than a process may have: on a CPU, LLVM ends it."""
+    """Programs of many configurations, all kept, take more memory maps than a process may have, and on a CPU end it."""
     jax.clear_caches()
