@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import mosaic_certified
 from pallas_kernels import verified_attention as attention_kernel
 from pallas_kernels.mosaic_certified_threshold import SPREAD, Rule
-from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT, LARGEST_DEVIATION
+from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT
 from pallas_kernels.prepare_query import padded_heads
 from rabitq_jax.cache import LayerCache
 from rabitq_jax.config import RaBitQConfig
@@ -70,13 +70,7 @@ class NoisyBins:
     def mass(self) -> HeadMass:
         # The mean of e^(sd^2 / 2), and of half a bin, says what the typical deviation is.
         typical = jnp.sqrt(jnp.maximum(2 * jnp.log(self._column(7)) + 1 / BINS_PER_NAT, LEAST_DEVIATION**2))
-        return HeadMass(
-            peak=self._column(1),
-            total=self._column(6),
-            top=self._base,
-            largest_deviation=jnp.full_like(typical, LARGEST_DEVIATION),
-            mean_deviation=typical,
-        )
+        return HeadMass(peak=self._column(1), total=self._column(6), mean_deviation=typical)
 
     def thresholds(self) -> tuple[Thresholds, jax.Array]:
         """Those that the rule of the configuration chooses, and C1 at them."""

@@ -74,15 +74,26 @@ class HeadMass:
     Attributes:
       peak: the largest of the weights' logarithms and of the exact tokens' log-sum-exp.
       total: of all tokens, exact ones included.
-      top: the largest z - sd^2, where the grid begins.
-      largest_deviation, mean_deviation: of the scored tokens' sd; the mean is that of squares, under a root.
+      mean_deviation: root of the mean of the scored tokens' sd^2.
     """
 
     peak: jax.Array
     total: jax.Array
+    mean_deviation: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoredMass(HeadMass):
+    """HeadMass of scores, and what a search among them begins with; float32 [B,K,G] each.
+
+    Attributes:
+      top: the largest z - sd^2, where the grid begins.
+      largest_deviation: of the scored tokens' sd.
+    """
+
     top: jax.Array
     largest_deviation: jax.Array
-    mean_deviation: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -114,7 +125,7 @@ def confidence(failure_rate: float) -> float:
     return -statistics.NormalDist().inv_cdf(failure_rate / 4)
 
 
-def measure_masses(noisy: NoisyLogits, exact_lse: jax.Array) -> HeadMass:
+def measure_masses(noisy: NoisyLogits, exact_lse: jax.Array) -> ScoredMass:
     """What a head's estimates add up to.
 
     Args:
@@ -127,7 +138,7 @@ def measure_masses(noisy: NoisyLogits, exact_lse: jax.Array) -> HeadMass:
     peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
     top = jnp.max(jnp.where(usable, noisy.scores - sd**2, -jnp.inf), axis=-1)
     count = jnp.maximum(noisy.quantized - noisy.sink, 1)[:, None, None]
-    return HeadMass(
+    return ScoredMass(
         peak=peak,
         total=jnp.exp(exact_lse - peak) + jnp.sum(jnp.exp(log_weight - peak[..., None]), axis=-1),
         top=jnp.where(jnp.isfinite(top), top, 0.0),
@@ -136,7 +147,7 @@ def measure_masses(noisy: NoisyLogits, exact_lse: jax.Array) -> HeadMass:
     )
 
 
-def find_bulk_reference(noisy: NoisyLogits, mass: HeadMass, budget, level, deviations: float):
+def find_bulk_reference(noisy: NoisyLogits, mass: ScoredMass, budget, level, deviations: float):
     """`find_bulk` by bisection, with a sum over all tokens for each half: its definition."""
     sd = noisy.deviation
     usable = noisy.scored & jnp.isfinite(noisy.scores) & jnp.isfinite(sd)
@@ -187,7 +198,7 @@ def upper_bound(first, second, level, deviations: float):
     return jnp.maximum(level * first, (1 + SHARED * deviations) * first + deviations * jnp.sqrt(second))
 
 
-def _find_bulk_pallas(noisy: NoisyLogits, mass: HeadMass, budget, level, deviations: float):
+def _find_bulk_pallas(noisy: NoisyLogits, mass: ScoredMass, budget, level, deviations: float):
     """32 parts in each of two passes over the scores."""
 
     def masses_below(thresholds):
@@ -205,7 +216,7 @@ def _find_bulk_pallas(noisy: NoisyLogits, mass: HeadMass, budget, level, deviati
 IMPLEMENTATIONS = {"xla": find_bulk_reference, "pallas": _find_bulk_pallas}
 
 
-def find_bulk(noisy: NoisyLogits, mass: HeadMass, budget, level, deviations: float, *, implementation=None):
+def find_bulk(noisy: NoisyLogits, mass: ScoredMass, budget, level, deviations: float, *, implementation=None):
     """The highest threshold on the grid under which a head's left-out mass fits a budget.
 
     Args:
@@ -221,7 +232,7 @@ def find_bulk(noisy: NoisyLogits, mass: HeadMass, budget, level, deviations: flo
 
 
 def debiased_thresholds(
-    noisy: NoisyLogits, mass: HeadMass, *, top_p: float, failure_rate: float, implementation=None
+    noisy: NoisyLogits, mass: ScoredMass, *, top_p: float, failure_rate: float, implementation=None
 ) -> tuple[Thresholds, jax.Array]:
     """Thresholds whose kept tokens hold top_p of the true mass on average; and C1 at them."""
     k = confidence(failure_rate)
@@ -234,7 +245,7 @@ def debiased_thresholds(
 
 
 def certified_thresholds(
-    noisy: NoisyLogits, mass: HeadMass, *, top_p: float, failure_rate: float, implementation=None
+    noisy: NoisyLogits, mass: ScoredMass, *, top_p: float, failure_rate: float, implementation=None
 ) -> tuple[Thresholds, jax.Array]:
     """Thresholds whose kept tokens hold top_p of the true mass but with probability failure_rate, by the estimates
     alone; and C1 at them."""
