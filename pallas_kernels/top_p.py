@@ -3,7 +3,7 @@
     histogram   program (kv head, block): counts of scores a bin, for each query head
     threshold   program (query head): running sums over the bins, best first, give the last bin that is kept
     mark        program (kv head, block): tokens in kept bins of any query head, sinks and window -> bit mask, count
-    write       program (kv head, block): the mask's tokens, to the list, behind those of the blocks before
+    list        program (kv head, block): the mask's tokens, to the list, behind those of the blocks before
 
 Counts are integers, so every run gives the same list. Mass is p or more whatever the rounding: a kept bin counts with
 its lower edge, a dropped one with its upper edge. The last bin holds everything more than 32 nats below the largest
@@ -174,7 +174,7 @@ def select_top_p(scores, exact_lse, quantized, length, *, sink, top_p):
     counts = _histogram(scores, peak, quantized, sink=sink)
     kept_bins, n_scored, mass = _kept_bins(counts, peak, exact_lse, top_p=top_p)
     mark = functools.partial(_mark_scores_kernel, sink=sink)
-    indices, n_attended = list_tokens(mark, [kept_bins, peak, scores], quantized, length, tokens=scores.shape[-1])
+    indices, n_attended = list_marked(mark, [kept_bins, peak, scores], quantized, length, tokens=scores.shape[-1])
     return indices, n_attended, n_scored, mass
 
 
@@ -224,7 +224,7 @@ def _kept_bins(counts, peak, exact_lse, *, top_p):
     return tuple(x.reshape(peak.shape) for x in out)
 
 
-def list_tokens(mark_kernel, inputs, quantized, length, *, tokens):
+def list_marked(mark_kernel, inputs, quantized, length, *, tokens):
     """Tokens that the kernel marks, in a list: indices int32 [B,K,T] and counts int32 [B,K].
 
     Args:
@@ -251,11 +251,34 @@ def list_tokens(mark_kernel, inputs, quantized, length, *, tokens):
         out_specs=[head(like(tokens // 32)), per_block],
         out_shape=[like(tokens // 32), like(tokens // block)],
     )(quantized, length, *inputs)
+    return _write(mask, counts, length)
+
+
+def list_mask(mask, length):
+    """`rabitq_jax.token_list.list_tokens`."""
+    tokens = mask.shape[-1]
+    block = _block_tokens(tokens)
+    listed = mask & (jnp.arange(tokens, dtype=jnp.int32) < length[:, None, None])
+    bits = listed.reshape(*mask.shape[:2], -1, 32).astype(jnp.int32)
+    words = jnp.sum(bits << jnp.arange(32, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
+    return _write(words, jnp.sum(listed.reshape(*mask.shape[:2], -1, block), axis=-1, dtype=jnp.int32), length)
+
+
+def _write(mask, counts, length):
+    """The tokens of a mask, int32 [B,K,T/32], of which a block holds as many as `counts` says, int32 [B,K,N], none at
+    or past length [B]: indices int32 [B,K,T], counts int32 [B,K]."""
+    batch, kv_heads, words = mask.shape
+    tokens = 32 * words
+
+    def head(array):
+        return _pallas.per_head(array, kv_heads)
+
+    out_shape = [jax.ShapeDtypeStruct((batch, kv_heads, *shape), jnp.int32) for shape in ((tokens,), ())]
     return _pallas.call(
-        functools.partial(_write_kernel, block=block),
-        name="top_p_write",
-        grid=grid,
+        functools.partial(_write_kernel, block=_block_tokens(tokens)),
+        name="list_tokens",
+        grid=(batch * kv_heads, counts.shape[-1]),
         in_specs=[_pallas.per_sequence(kv_heads), head(counts), head(mask)],
-        out_specs=[head(like(tokens)), head(like())],
-        out_shape=[like(tokens), like()],
+        out_specs=[head(x) for x in out_shape],
+        out_shape=out_shape,
     )(length, counts, mask)

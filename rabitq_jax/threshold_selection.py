@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from pallas_kernels import top_p as top_p_kernels
 from rabitq_jax._dispatch import select
 from rabitq_jax.thresholds import LEAST_DEVIATION, NoisyLogits, Thresholds, threshold_of
-from rabitq_jax.top_p import list_tokens
+from rabitq_jax.token_list import list_tokens_reference
+from rabitq_jax.top_p import any_keeps
 
 
 def keep_by_thresholds_reference(noisy: NoisyLogits, thresholds: Thresholds, length):
@@ -16,7 +17,7 @@ def keep_by_thresholds_reference(noisy: NoisyLogits, thresholds: Thresholds, len
     scored, bulk, single = noisy.scored, thresholds.bulk[..., None], thresholds.single[..., None]
     threshold = threshold_of(bulk, single, thresholds.deviations, noisy.deviation)
     left_out = (noisy.scores < threshold) & (noisy.scores > -jnp.inf)
-    return list_tokens(scored & ~left_out, scored[:, 0, 0], length)
+    return list_tokens_reference(any_keeps(scored & ~left_out, scored[:, 0, 0]), length)
 
 
 def _keep_pallas(noisy: NoisyLogits, thresholds: Thresholds, length):
@@ -25,7 +26,7 @@ def _keep_pallas(noisy: NoisyLogits, thresholds: Thresholds, length):
         sink=noisy.sink, deviations=thresholds.deviations, least_deviation=LEAST_DEVIATION,
     )  # fmt: skip
     inputs = [noisy.noise, thresholds.bulk, thresholds.single, noisy.scale, noisy.scores]
-    return top_p_kernels.list_tokens(mark, inputs, noisy.quantized, length, tokens=noisy.scores.shape[-1])
+    return top_p_kernels.list_marked(mark, inputs, noisy.quantized, length, tokens=noisy.scores.shape[-1])
 
 
 IMPLEMENTATIONS = {"xla": keep_by_thresholds_reference, "pallas": _keep_pallas}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import top_p as top_p_kernel
 from rabitq_jax._dispatch import select
+from rabitq_jax.token_list import list_tokens_reference
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +58,7 @@ def select_reference(scores, exact_lse, quantized, length, *, sink: int, top_p: 
     room = n_keep - jnp.sum(above, axis=-1, keepdims=True)
     keep = (above | (tied & (jnp.cumsum(tied, axis=-1) <= room))) & is_scored[:, None, None, :]
 
-    indices, counts = list_tokens(keep, is_scored, length)
+    indices, counts = list_tokens_reference(any_keeps(keep, is_scored), length)
     kept_mass = exact_mass[..., 0] + jnp.sum(jnp.where(keep_ordered, mass, 0), axis=-1)
     return Selection(
         indices=indices,
@@ -67,23 +68,10 @@ def select_reference(scores, exact_lse, quantized, length, *, sink: int, top_p: 
     )
 
 
-def list_tokens(keep, is_scored, length):
-    """The tokens that kv heads attend: what any of their query heads keeps, and those that are not scored.
-
-    Args:
-      keep: bool [B,K,G,T].
-      is_scored: bool [B,T].
-      length: int32 [B].
-
-    Returns:
-      Selection's indices and counts.
-    """
-    tokens = keep.shape[-1]
-    position = jnp.arange(tokens, dtype=jnp.int32)
-    is_exact = (position < length[:, None]) & ~is_scored
-    attended = jnp.any(keep, axis=2) | is_exact[:, None, :]
-    indices = jnp.sort(jnp.where(attended, position, tokens), axis=-1)
-    return indices, jnp.sum(attended, axis=-1, dtype=jnp.int32)
+def any_keeps(keep, is_scored):
+    """The tokens that kv heads attend, bool [B,K,T]: what any of their query heads keeps, bool [B,K,G,T], and what is
+    not scored, of bool [B,T]."""
+    return jnp.any(keep, axis=2) | ~is_scored[:, None]
 
 
 def _sort_descending(x):

@@ -11,7 +11,7 @@ from benchmarks.shapes import LARGE, SMALL
 from pallas_kernels import gathered_attention as kernel
 from pallas_kernels import quantize_keys
 from rabitq_jax import codes as key_codes
-from rabitq_jax import exact_logsumexp, gathered_attention, top_p
+from rabitq_jax import exact_logsumexp, gathered_attention, token_list, top_p
 from rabitq_jax.cache import init_layer_cache
 from rabitq_jax.config import RaBitQConfig
 from tests.kernel_cases import SHAPES, lengths, shares_of_best
@@ -126,6 +126,26 @@ def test_selection_keeps_a_score_that_is_not_finite(implementation, bad):
     quantized = length - 128
     chosen = select(implementation, scores, jnp.zeros(scores.shape[:3]), quantized, length, 0, 0.5)
     assert 77 in sets(chosen)[3]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_of_a_mask(shape, share):
+    rng = np.random.default_rng(5)
+    mask = rng.random((shape.batch, shape.kv_heads, shape.tokens)) < share
+    length = np.asarray(lengths(shape))
+    indices, counts = token_list.list_tokens(jnp.asarray(mask), jnp.asarray(length), implementation="pallas")
+    for b, k in np.ndindex(mask.shape[:2]):
+        expected = np.flatnonzero(mask[b, k, : length[b]])
+        assert counts[b, k] == len(expected)
+        np.testing.assert_array_equal(indices[b, k, : len(expected)], expected)
+
+
+def test_a_mask_that_does_not_fill_its_words_is_refused():
+    mask, length = jnp.ones((1, 1, 48), bool), jnp.array([48])
+    assert token_list.list_tokens(mask, length, implementation="xla")[1] == 48
+    with pytest.raises(NotImplementedError, match="multiples of 32 tokens, got 48"):
+        token_list.list_tokens(mask, length, implementation="pallas")
 
 
 def test_selection_kernel_gives_the_same_bits_twice():

@@ -9,7 +9,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from benchmarks.shapes import Shape
 from pallas_kernels import _pallas
-from rabitq_jax import attention, codes, gathered_attention, scores, top_p
+from rabitq_jax import attention, codes, gathered_attention, scores, token_list, top_p
 from rabitq_jax.cache import append, init_layer_cache
 from rabitq_jax.config import RaBitQConfig
 from tests.kernel_cases import score_inputs
@@ -51,7 +51,14 @@ def test_selection_lowers(shape, monkeypatch):
     select = functools.partial(top_p.select_top_p, sink=5, top_p=0.9, implementation="pallas")
     heads, length = (shape.batch, shape.kv_heads, shape.group), array(shape.batch, dtype=jnp.int32)
     text = kernel_text(monkeypatch, select, array(*heads, shape.tokens), array(*heads), length, length)
-    assert all(f"top_p_{stage}" in text for stage in ("histogram", "threshold", "mark", "write"))
+    assert all(kernel in text for kernel in ("top_p_histogram", "top_p_threshold", "top_p_mark", "list_tokens"))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tokens_of_a_mask_lower(shape, monkeypatch):
+    list_tokens = functools.partial(token_list.list_tokens, implementation="pallas")
+    mask = array(shape.batch, shape.kv_heads, shape.tokens, dtype=bool)
+    assert "list_tokens" in kernel_text(monkeypatch, list_tokens, mask, array(shape.batch, dtype=jnp.int32))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -89,7 +96,7 @@ def test_certified_attention_lowers(shape, monkeypatch):
         return out, stats
 
     text = kernel_text(monkeypatch, step, query, cache)
-    kernels = ("masses_below", "top_p_mark", "top_p_write", "gathered_attention", "found_tokens", "combine_parts")
+    kernels = ("masses_below", "top_p_mark", "list_tokens", "gathered_attention", "found_tokens", "combine_parts")
     assert all(kernel in text for kernel in kernels)
     assert "top_p_histogram" not in text
 

@@ -11,7 +11,8 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from rabitq_jax.top_p import Selection, list_tokens, select_top_p
+from rabitq_jax.token_list import list_tokens
+from rabitq_jax.top_p import Selection, any_keeps, select_top_p
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,8 @@ class TopK(Rule):
         kept = jnp.sum(jnp.where(keep, mass, 0), axis=-1)
         keep = jnp.repeat(keep, page, axis=-1)
         position = jnp.arange(keep.shape[-1])
-        indices, counts = list_tokens(keep, (position >= sink) & (position < stop[:, None]), length)
+        is_scored = (position >= sink) & (position < stop[:, None])
+        indices, counts = list_tokens(any_keeps(keep, is_scored), length)
         return Selection(
             indices=indices,
             counts=counts,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from rabitq_jax.exact_logsumexp import exact_logsumexp
 from rabitq_jax.gathered_attention import gathered_attention
 from rabitq_jax.selectors.budget import Rule, TopK, make_rule
+from rabitq_jax.token_list import list_tokens
 from rabitq_jax.top_p import Selection
 
 if TYPE_CHECKING:
@@ -264,12 +265,9 @@ def selected(mask: jax.Array, query: jax.Array, cache: "LayerCache", *, mass: fl
     Args:
       mass: share of the attention in it; NaN for a method that estimates none.
     """
-    tokens = mask.shape[-1]
-    position = jnp.arange(tokens, dtype=jnp.int32)
-    mask = mask & (position < cache.length[:, None, None])
-    counts = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+    indices, counts = list_tokens(mask, cache.length)
     return Selection(
-        indices=jnp.sort(jnp.where(mask, position, tokens), axis=-1),
+        indices=indices,
         counts=counts,
         scored=jnp.broadcast_to(counts[..., None], query.shape[:3]),
         mass=jnp.full(query.shape[:3], mass, jnp.float32),
