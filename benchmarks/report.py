@@ -203,8 +203,8 @@ def method_times(rows: list[dict[str, Any]]) -> str:
     about = (
         f"**A decode step of every method** ({provenance(one, 'decode_attention_methods.json', 'results')}), on caches "
         "planted so that RaBitQ keeps 3 %. Choosing and attending; wall time also appends the token and keeps the "
-        "method's state. Only RaBitQ's scores and Top-p are kernels: other methods score in XLA, select by a sort, and "
-        "share the gathered attention."
+        "method's state. Only RaBitQ's scores and Top-p are kernels: other methods score in XLA, find the best by its "
+        "Top-k or the portable kernels of Top-p, and share the kernels that list tokens and attend to them."
     )
     return "\n\n".join([paragraph(about), selectors_report.time_table(rows)])
 
@@ -217,7 +217,7 @@ def methods(measured: dict[str, Any]) -> str:
         "of each task): scores in percent with their 95 % interval, and what was read and captured, means over all "
         "layers and tasks."
     )
-    picture = "![Scores against the share of bytes read](results/methods.png)"
+    picture = "![Scores, and attention captured, against the share of bytes read](results/methods.png)"
     return "\n\n".join([paragraph(about), table(measured), picture])
 
 

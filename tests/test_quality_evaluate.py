@@ -227,9 +227,43 @@ def test_other_methods_have_lines_of_their_own():
     assert [line.split(" | ")[0] for line in table[4:]] == [
         "| dense", "| p = 0.7", "| `quest:page=8,budget=64`", "| `full`",
     ]  # fmt: skip
-    (axis,) = plots.draw_methods({"rows": rows, "probes": []}).axes
-    assert [line.get_label() for line in axis.lines] == ["dense", "rabitq", "quest", "full"]
-    assert [line.get_ydata().tolist() for line in axis.lines] == [[0], [0.25], [0.5], [0.75]]
+    probes = [
+        {"texts": texts, "tokens": 10, **way, "bytes_read": 0.3, "captured": i / 5 if texts == "answers" else 9}
+        for texts in ("answers", "text")
+        for i, way in enumerate(about)
+    ]
+    scores, captured = plots.draw_methods({"rows": rows, "probes": probes}).axes
+    for axis, steps in ((scores, 4), (captured, 5)):
+        assert [line.get_label() for line in axis.lines] == ["dense", "rabitq", "quest", "full"]
+        assert [line.get_ydata().tolist() for line in axis.lines] == [[i / steps] for i in range(4)]
+    assert len(plots.draw_methods({"rows": rows, "probes": []}).axes) == 1
+
+
+def test_parts_of_a_length_have_every_way_once(monkeypatch):
+    """Each decodes densely, to compare with, and one has the rows of it."""
+    methods = ("quest:page=8,budget=64", "full")
+    whole = parts.Part(
+        model="", dtype="float32", configs=(None, CONFIG), methods=methods, chat=False, examples=1, probes=1
+    )
+    monkeypatch.setattr(parts, "load_pretrained", lambda *_, **__: (None, None))
+    monkeypatch.setattr(parts, "load_problems", lambda *_: (10, []))
+    monkeypatch.setattr(parts, "standard_library", lambda _: b"")
+    monkeypatch.setattr(parts.Known, "answers", classmethod(lambda *_: None))
+    monkeypatch.setattr(parts.Known, "plain", classmethod(lambda *_: None))
+    monkeypatch.setattr(parts, "answer", lambda *args, **_: list(map(repr, args[3])))
+    monkeypatch.setattr(parts, "summarize", lambda replies: [{"of": replies}])
+    monkeypatch.setattr(parts, "probe", lambda *args, **_: list(map(repr, args[2])))
+    monkeypatch.setattr(parts, "compare", lambda run, dense: {"of": (run, dense)})
+    rows, probes = parts.evaluate_part(whole)
+    assert [row["of"] for row in rows] == [repr(config) for _, config in whole.ways]
+    assert probes[1]["of"] == (repr(CONFIG), "None") and len(probes) == 8
+    for count in (1, 2, 3, 9):
+        pieces = whole.split(count)
+        assert len(pieces) == min(count, 3)
+        measured = [parts.evaluate_part(piece) for piece in pieces]
+        assert sum((own for own, _ in measured), []) == rows
+        # Probes of a part come texts by texts.
+        assert sorted(map(repr, sum((own for _, own in measured), []))) == sorted(map(repr, probes))
 
 
 def test_compared_methods_can_be_read():

@@ -72,6 +72,8 @@ def main(
         parts = [
             part(tasks=tuple(tasks or TASKS), tokens=size, probes=probes if size in probed else 0) for size in tokens
         ]
+    # A length is a part. Where there are more processes, each takes some of a length's ways to decode.
+    parts = [piece for whole in parts for piece in whole.split(max(1, processes // len(parts)))]
     content = {
         "model": model if model != str(RETRIEVER) else "retriever", "dtype": dtype, "settings": overrides,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class Part:
       methods: other ways to decode, as `parse_selector` reads them.
       source: "tasks", or the format of the files in `folder`: "longbench" or "gsm8k".
       probes: problems of each task whose attention is measured; 0 measures none.
+      repeats_dense: another part has the rows of dense decoding, which is here for what is compared with it.
     """
 
     model: str
@@ -44,6 +46,7 @@ class Part:
     tokens: int = 0
     probes: int = 0
     folder: Path | None = None
+    repeats_dense: bool = False
 
     @property
     def ways(self) -> list[tuple[dict, RaBitQConfig | Selector | None]]:
@@ -51,12 +54,33 @@ class Part:
         own = [({"top_p": config and config.top_p}, config) for config in self.configs]
         return [*own, *(({"top_p": None, "method": method}, parse_selector(method)) for method in self.methods)]
 
+    @property
+    def first_way(self) -> int:
+        """Where those ways begin that this part has rows of."""
+        return int(self.repeats_dense)
+
+    def split(self, count: int) -> list["Part"]:
+        """Up to `count` parts, each with some of the ways, in order."""
+        dense, *others = [*self.configs, *self.methods]
+        assert dense is None
+        bounds = [i * len(others) // count for i in range(count + 1)]
+        shares = [others[low:high] for low, high in itertools.pairwise(bounds) if low < high] or [[]]
+        return [
+            dataclasses.replace(
+                self,
+                configs=(None, *(way for way in share if not isinstance(way, str))),
+                methods=tuple(way for way in share if isinstance(way, str)),
+                repeats_dense=i > 0,
+            )
+            for i, share in enumerate(shares)
+        ]
+
 
 def evaluate_part(part: Part) -> tuple[list[dict], list[dict]]:
     """A row for each task and way of decoding: answers, and what they read; and rows of what attention captures."""
     decoder, tokenizer = load_pretrained(part.model, dtype=jnp.dtype(part.dtype))
     tokens, problems = load_problems(part, tokenizer)
-    about, configs = zip(*part.ways, strict=True)
+    about, configs = zip(*part.ways[part.first_way :], strict=True)
     with tqdm(total=len(problems) * len(configs), desc=f"answers, {tokens} tokens", unit="reply") as bar:
         answered = answer(
             decoder, tokenizer, problems, configs, key=jax.random.key(0), chat=part.chat, advance=bar.update
@@ -99,7 +123,7 @@ def probe_rows(decoder, tokenizer, part: Part, problems: Sequence[Problem]) -> l
     rows = []
     for name, known in sets.items():
         passes = probe(decoder, known, configs, key=jax.random.key(1), progress=True)
-        for way, run in zip(about, passes, strict=True):
+        for way, run in list(zip(about, passes, strict=True))[part.first_way :]:
             rows.append({"tokens": part.tokens, "texts": name, **way, **compare(run, passes[configs.index(None)])})
         _forget_programs()
     return rows

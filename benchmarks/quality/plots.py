@@ -61,27 +61,42 @@ def draw_scores(content: dict[str, Any]) -> plt.Figure:
 
 
 def draw_methods(content: dict[str, Any]) -> plt.Figure:
-    """Mean score of all tasks against the share of bytes read: a panel a length, a line a method."""
+    """The mean score of all tasks and, where it was measured, the attention captured, against the bytes read: a panel a
+    length, a line a method."""
     lengths = sorted({row["tokens"] for row in content["rows"]})
+    answers = [probe for probe in content["probes"] if probe["texts"] == "answers"]
+    panels = [(content["rows"], "score", "score, mean over tasks")]
+    panels += [(answers, "captured", "attention captured")] * bool(answers)
     figure, axes = plt.subplots(
-        1, len(lengths), figsize=(max(4.2 * len(lengths), 6.5), 4.8), layout="constrained", sharey=True, squeeze=False
-    )
-    for axis, tokens in zip(axes[0], lengths, strict=True):
-        points: dict[str, dict[str, list[dict]]] = {}
-        for row in content["rows"]:
-            if row["tokens"] == tokens:
-                points.setdefault(method_name(row), {}).setdefault(way(row), []).append(row)
-        for i, (method, ways) in enumerate(points.items()):
-            means = [[np.mean([row[of] for row in rows]) for of in ("bytes_read", "score")] for rows in ways.values()]
-            color = "k" if method == "rabitq" else plt.get_cmap("tab20")(i % 20)
-            style = {"marker": "os^Dv"[i % 5], "color": color, "markersize": 5}
-            axis.plot(*zip(*sorted(means), strict=True), label=method, **style)
-        axis.set(title=f"{tokens:,} tokens", xlabel="share of bytes read", ylim=(-0.03, 1.03))
-        scale_shares(axis)
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("score, mean over tasks")
+        len(panels), len(lengths), figsize=(max(4.2 * len(lengths), 7), 1 + 3.9 * len(panels)), layout="constrained",
+        sharey="row", squeeze=False,
+    )  # fmt: skip
+    # A method looks the same in all panels.
+    styles = {method: _style(i, method) for i, method in enumerate(unique(map(method_name, content["rows"])))}
+    for line, (rows, of, label) in zip(axes, panels, strict=True):
+        for axis, tokens in zip(line, lengths, strict=True):
+            _draw_curves(axis, [row for row in rows if row["tokens"] == tokens and row[of] is not None], of, styles)
+            axis.set(title=f"{tokens:,} tokens", xlabel="share of bytes read", ylim=(-0.03, 1.03))
+            scale_shares(axis)
+            axis.grid(alpha=0.3)
+        line[0].set_ylabel(label)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
+
+
+def _style(i: int, method: str) -> dict[str, Any]:
+    color = "k" if method == "rabitq" else plt.get_cmap("tab20")(i % 20)
+    return {"marker": "os^Dv"[i % 5], "color": color, "markersize": 5}
+
+
+def _draw_curves(axis: Any, rows: list[dict], of: str, styles: dict[str, dict[str, Any]]) -> None:
+    """A line a method, a point for each of its budgets: the mean over that budget's rows."""
+    points: dict[str, dict[str, list[dict]]] = {}
+    for row in rows:
+        points.setdefault(method_name(row), {}).setdefault(way(row), []).append(row)
+    for method, ways in points.items():
+        means = [[np.mean([row[name] for row in own]) for name in ("bytes_read", of)] for own in ways.values()]
+        axis.plot(*zip(*sorted(means), strict=True), label=method, **styles[method])
 
 
 def method_name(row: dict[str, Any]) -> str:
