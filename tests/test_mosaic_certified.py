@@ -24,7 +24,7 @@ from rabitq_jax.verified_attention import CONSTANTS
 from tests.test_lowering import kernel_text
 from tests.test_mosaic_kernels import FIRST, emulate, inputs, padded, prepared, ranges, zeros
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("quick_compilation")]
 K = confidence(1e-3)
 
 
