@@ -5,6 +5,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from benchmarks import speed_report
+from benchmarks.methods import EACH
 from benchmarks.quality.plots import scale_shares
 from benchmarks.quality.report import cells, unique
 
@@ -38,7 +39,7 @@ def table(content: dict[str, Any]) -> str:
 
 
 def time_table(rows: list[dict[str, Any]]) -> str:
-    """A line a method and case of `python -m benchmarks.decode_attention --method ...`."""
+    """A line a method and case of `python -m benchmarks.decode_attention --method ...`, in the order of `EACH`."""
     head = [
         "case",
         "method",
@@ -50,7 +51,8 @@ def time_table(rows: list[dict[str, Any]]) -> str:
         "mass held",
     ]
     lines = [cells(head), cells(["---", "---", *["---:"] * (len(head) - 2)])]
-    for row in rows:
+    place = {method: i for i, method in enumerate(EACH)}
+    for row in sorted(rows, key=lambda row: place.get(row["implementation"], len(EACH))):
         dense = min(row["dense"].values(), key=lambda times: times["wall_us"]["median"])
         line = [speed_report.label(row), f"`{row['implementation']}`"]
         line += [f"{row[name]['median']:.0f}" for name in ("kernel_us", "wall_us")]

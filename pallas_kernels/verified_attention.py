@@ -21,10 +21,12 @@ import jax.numpy as jnp
 from pallas_kernels import _pallas
 from pallas_kernels.debiased_mass import deviation
 from pallas_kernels.gathered_attention import Work, attend, by_row, combine, for_each_list
-from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT
+from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT, LARGEST_DEVIATION
 
 # Sums over the list's tokens that a query head found itself, but for the first two; see `verified_attention`.
 KINDS = 8
+# Below LARGEST_DEVIATION by more than rounding.
+SURE_DEVIATION = LARGEST_DEVIATION * (1 - 1e-5)
 ERFC = (
     -1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398, 1.48851587, -0.82215223,
     0.17087277,
@@ -145,7 +147,9 @@ class _Found:
         kept_of_token = kept_bins(
             kept, depth, BINS_PER_NAT * deviations * self.noise, scale[None, :].astype(jnp.float32)
         )
-        threshold = jnp.where(kept_of_token == BINS, -jnp.inf, base - width * kept_of_token)
+        # What has too large a deviation to be counted is kept whatever its score, and stands for no token that was not.
+        always = (kept_of_token == BINS) | (sd > SURE_DEVIATION)
+        threshold = jnp.where(always, -jnp.inf, base - width * kept_of_token)
         return noisy, threshold, jnp.where(kept == BINS, -jnp.inf, base - width * kept)
 
 

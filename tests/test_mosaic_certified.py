@@ -13,6 +13,7 @@ from benchmarks.shapes import Shape
 from pallas_kernels import mosaic_certified, mosaic_compact
 from pallas_kernels import verified_attention as attention_kernel
 from pallas_kernels.mosaic_certified_threshold import SPREAD
+from pallas_kernels.mosaic_score_bins import LARGEST_DEVIATION
 from rabitq_jax import RaBitQConfig, attention, selection
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.cache import init_layer_cache
@@ -341,6 +342,25 @@ def test_step_in_an_emulator(rule, top_p, size, monkeypatch):
             return attend(query, cache, dataclasses.replace(config, attend="pallas"))
 
     check_step(config, query, cache, run)
+
+
+def test_tokens_of_large_deviation_say_nothing_of_others(monkeypatch):
+    """They are kept whatever their scores, so that none like them was missed."""
+    config = RaBitQConfig(top_p=0.95, selection="debiased", interval=64, sink=4)
+    query, cache = case(Shape(1, 1, 2, 1024, 64), config, size=6.0)
+    sd = NoisyScores(query, cache, config, 64**-0.5, jax.random.key(0), 0)._noisy.deviation
+    scored = slice(config.sink, int(cache.quantized[0]))
+    large = np.asarray(sd[0, 0, :, scored]) > LARGEST_DEVIATION
+    assert np.all((large.mean(axis=-1) > 0.05) & (large.mean(axis=-1) < 0.95))
+    with monkeypatch.context() as patch, jax.disable_jit():
+        emulate(patch)
+        patch.setattr(selection, "on_hopper", lambda: True)
+        _, chosen, stats = attend(query, cache, dataclasses.replace(config, attend="pallas"))
+    listed = np.asarray(chosen.indices[0, 0, : chosen.counts[0, 0]])
+    assert np.isin(np.flatnonzero(large.any(axis=0)) + config.sink, listed).all()
+    weights = jax.nn.softmax(exact_logits(query, cache), axis=-1)
+    captured = np.asarray(weights)[0, 0][:, listed].sum(-1)
+    np.testing.assert_allclose(np.asarray(stats.verified).ravel(), captured, atol=0.05)
 
 
 def test_bins_answer_as_scores_do_in_an_emulator(monkeypatch):

@@ -278,6 +278,7 @@ def test_sweep_reads_its_table_off_at_equal_bytes():
             "change": change,
             "top_p": p,
             "bytes_read": b,
+            "kept": b / 2,
             "exact": 1.0,
             "divergence": d,
             "captured": 0.9,
@@ -287,14 +288,19 @@ def test_sweep_reads_its_table_off_at_equal_bytes():
             "base": [(0.8, 0.1, 0.3), (0.9, 0.2, 0.2), (0.99, 0.4, 0.1)],
             "better": [(0.8, 0.1, 0.2), (0.9, 0.3, 0.0)],
             "dear": [(0.8, 0.5, 0.2), (0.9, 0.6, 0.1)],
+            "selection=debiased": [(0.5, 0.3, 0.2), (0.9, 0.6, 0.1)],
         }.items()
         for p, b, d in points
     ]
     lines = report.sweep_table({"rows": rows, "tokens": 100}).split("\n")
     assert "20.0% of the bytes" in lines[0]
-    assert lines[4].startswith("| `base` | 0.900 | 100.0% | 0.2000 |")
-    assert lines[5].startswith("| `better` | 0.850 | 100.0% | 0.1000 |")
+    assert lines[4].startswith("| `base` | 0.900 | 10.0% | 100.0% | 0.2000 |")
+    assert lines[5].startswith("| `better` | 0.850 | 10.0% | 100.0% | 0.1000 |")
     assert lines[6].startswith("| `dear` | 50.0% to 60.0% of the bytes |")
+    assert "35.0% of the bytes" in lines[9]
+    assert [line.split(" | ")[:3] for line in lines[13:]] == [
+        ["| `base`", "0.968", "17.5%"], ["| `selection=debiased`", "0.567", "17.5%"],
+    ]  # fmt: skip
 
 
 def test_sweep_changes_one_choice():

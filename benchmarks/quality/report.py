@@ -58,38 +58,43 @@ def way(row: dict[str, Any]) -> str:
 
 
 def sweep_table(content: dict[str, Any]) -> str:
-    """A line a change: its measures at the bytes that the base reads at the middle p, interpolated along its own p."""
-    base = sorted((row for row in content["rows"] if row["change"] == "base"), key=lambda row: row["top_p"])
-    target = base[len(base) // 2]["bytes_read"]
+    """A line a change: its measures at the bytes that the base reads at the middle p, interpolated along its own p; and
+    a table of the selections, at bytes that all of them read at some p."""
+    curves = {
+        change: sorted((row for row in content["rows"] if row["change"] == change), key=lambda row: row["top_p"])
+        for change in unique(row["change"] for row in content["rows"])
+    }
+    base = curves["base"]
+    tables = [_table_at(base[len(base) // 2]["bytes_read"], curves, content["tokens"])]
+    selections = {name: rows for name, rows in curves.items() if name == "base" or name.startswith("selection=")}
+    least, most = (end(rows[i]["bytes_read"] for rows in selections.values()) for end, i in ((max, 0), (min, -1)))
+    if len(selections) > 1 and least <= most:
+        tables.append(_table_at((least + most) / 2, selections, content["tokens"]))
+    return "\n\n".join(tables)
+
+
+def _table_at(target: float, curves: dict[str, list[dict]], tokens: int) -> str:
+    """Measures at `target` of the bytes of dense attention, of curves by rising p."""
+    head = ["change", "p", "tokens attended", "answers exact", "KL to dense, nats", "mass captured"]
     lines = [
-        f"At {target:.1%} of the bytes of dense attention, {content['tokens']:,} tokens, answers of every task:",
+        f"At {target:.1%} of the bytes of dense attention, {tokens:,} tokens, answers of every task:",
         "",
-        cells(["change", "p", "answers exact", "KL to dense, nats", "mass captured", "error of logits, nats"]),
-        cells(["---", *["---:"] * 5]),
+        cells([*head, "error of logits, nats"]),
+        cells(["---", *["---:"] * len(head)]),
     ]
-    for change in unique(row["change"] for row in content["rows"]):
-        rows = sorted((row for row in content["rows"] if row["change"] == change), key=lambda row: row["bytes_read"])
+    for change, rows in curves.items():
         bytes_read = [row["bytes_read"] for row in rows]
         if not bytes_read[0] <= target <= bytes_read[-1]:
             ends = f"{bytes_read[0]:.1%} to {bytes_read[-1]:.1%} of the bytes"
-            lines.append(cells([f"`{change}`", ends, "", "", "", f"{rows[0]['error_nats']:.2f}"]))
+            lines.append(cells([f"`{change}`", ends, "", "", "", "", f"{rows[0]['error_nats']:.2f}"]))
             continue
         at = {
             name: float(np.interp(target, bytes_read, [row[name] for row in rows]))
-            for name in ("top_p", *SWEEP_MEASURES)
+            for name in ("top_p", "kept", *SWEEP_MEASURES)
         }
-        lines.append(
-            cells(
-                [
-                    f"`{change}`",
-                    f"{at['top_p']:.3f}",
-                    f"{at['exact']:.1%}",
-                    f"{at['divergence']:.4f}",
-                    f"{at['captured']:.4f}",
-                    f"{at['error_nats']:.2f}",
-                ]
-            )
-        )
+        line = [f"`{change}`", f"{at['top_p']:.3f}", f"{at['kept']:.1%}", f"{at['exact']:.1%}"]
+        line += [f"{at['divergence']:.4f}", f"{at['captured']:.4f}", f"{at['error_nats']:.2f}"]
+        lines.append(cells(line))
     return "\n".join(lines)
 
 
