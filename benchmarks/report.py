@@ -74,6 +74,7 @@ def sections() -> dict[str, str]:
         made["method-times"] = method_times(read("decode_attention_methods.json"))
     if has("methods.json"):
         made["methods"] = methods(read("methods.json"))
+        made["methods-summary"] = methods_summary(read("methods.json"))
     measured = [name for name in OPERATIONS if has(f"{name}.json")]
     if measured:
         made["operations"] = "\n\n".join(part(speed_report.operation(read(f"{name}.json"), name)) for name in measured)
@@ -219,6 +220,17 @@ def methods(measured: dict[str, Any]) -> str:
     )
     picture = "![Scores, and attention captured, against the share of bytes read](results/methods.png)"
     return "\n\n".join([paragraph(about), table(measured), picture])
+
+
+def methods_summary(measured: dict[str, Any]) -> str:
+    """The best of every method on the retrieval model."""
+    (problems,), (tokens,) = ({row[name] for row in measured["rows"]} for name in ("examples", "tokens"))
+    about = (
+        f"**The retrieval model** ({provenance(measured, 'methods.json', 'benchmarks/results')}; prompts of {tokens:,} "
+        f"tokens, {problems} problems of each task). Scores are means over the tasks; captured is the mean over heads, "
+        "layers and decode steps. The columns are as above."
+    )
+    return "\n\n".join([paragraph(about), selectors_report.model_table(measured)])
 
 
 def paragraph(text: str) -> str:

@@ -1,13 +1,14 @@
-"""The table and the picture of `python -m benchmarks.selectors`."""
+"""Tables and a picture that compare retrieval methods."""
 
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib.pyplot as plt
 
 from benchmarks import speed_report
 from benchmarks.methods import EACH
-from benchmarks.quality.plots import scale_shares
-from benchmarks.quality.report import cells, unique
+from benchmarks.quality.plots import method_name, scale_shares
+from benchmarks.quality.report import cells, unique, way
 
 WITHIN = (0.1, 0.2)
 ENOUGH = 0.9
@@ -15,25 +16,46 @@ COLORS = plt.get_cmap("tab20")
 
 
 def table(content: dict[str, Any]) -> str:
-    """A line a method: the best of its points within shares of the bytes, and the cheapest that captures enough."""
+    """A line a method of `python -m benchmarks.selectors`, on planted answers of several kinds."""
     tasks = list(content["tasks"])
-    head = ["method"]
-    head += [f"mass captured within {share:.0%} of the bytes" for share in WITHIN]
-    head += [f"right within {WITHIN[0]:.0%}, {task}" for task in tasks]
+
+    def answers(name: str) -> list[str]:
+        rows = [row for row in content["rows"] if row["name"] == name]
+        return [best([row for row in rows if row["task"] == task], "right", WITHIN[0], "{:.0%}") for task in tasks]
+
+    return _table(means(content), [f"right within {WITHIN[0]:.0%}, {task}" for task in tasks], answers)
+
+
+def model_table(content: dict[str, Any]) -> str:
+    """A line a method of `python -m benchmarks.quality --compare`, at one length: means over the tasks."""
+    captured = {way(probe): probe["captured"] for probe in content["probes"] if probe["texts"] == "answers"}
+    points = []
+    for method in unique(map(way, content["rows"])):
+        rows = [row for row in content["rows"] if way(row) == method]
+        score, bytes_read = (sum(row[key] for row in rows) / len(rows) for key in ("score", "bytes_read"))
+        point = {"name": method_name(rows[0]), "method": method, "captured": captured[method]}
+        points.append({**point, "score": score, "bytes_read": bytes_read})
+
+    def scores(name: str) -> list[str]:
+        return [best([point for point in points if point["name"] == name], "score", s, "{:.0%}") for s in WITHIN]
+
+    return _table(points, [f"score within {share:.0%}" for share in WITHIN], scores)
+
+
+def _table(points: list[dict[str, Any]], head: list[str], answers: Callable[[str], list[str]]) -> str:
+    """A line a method: the best of its points within shares of the bytes, its answers, and the cheapest point that
+    captures enough."""
+    head = [*[f"mass captured within {share:.0%} of the bytes" for share in WITHIN], *head]
     head += [f"bytes to capture {ENOUGH:.0%}", "points on the front"]
-    lines = [cells(head), cells(["---", *["---:"] * (len(head) - 1)])]
-    front = pareto_front(content)
-    for name in unique(row["name"] for row in content["rows"]):
-        points = [point for point in means(content) if point["name"] == name]
-        line = [name]
-        line += [best(points, "captured", share, "{:.3f}") for share in WITHIN]
-        for task in tasks:
-            own = [row for row in content["rows"] if row["name"] == name and row["task"] == task]
-            line.append(best(own, "right", WITHIN[0], "{:.0%}"))
-        enough = [point["bytes_read"] for point in points if point["captured"] >= ENOUGH]
+    lines = [cells(["method", *head]), cells(["---", *["---:"] * len(head)])]
+    front = pareto_front(points)
+    for name in unique(point["name"] for point in points):
+        own = [point for point in points if point["name"] == name]
+        line = [name, *(best(own, "captured", share, "{:.3f}") for share in WITHIN), *answers(name)]
+        enough = [point["bytes_read"] for point in own if point["captured"] >= ENOUGH]
         line.append(f"{min(enough):.1%}" if enough else "")
-        on_front = sum(point["method"] in front for point in points)
-        line.append(f"{on_front} of {len(points)}" if competes(name) else "")
+        on_front = sum(point["method"] in front for point in own)
+        line.append(f"{on_front} of {len(own)}" if competes(name) else "")
         lines.append(cells(line))
     return "\n".join(lines)
 
@@ -77,12 +99,11 @@ def best(points: list[dict[str, Any]], measure: str, share: float, form: str) ->
     return form.format(max(within)) if within else ""
 
 
-def pareto_front(content: dict[str, Any]) -> set[str]:
+def pareto_front(points: list[dict[str, Any]]) -> set[str]:
     """Points of which no other captures as much with fewer bytes; oracles apart, and KIVI, which leaves nothing out."""
-    points = [point for point in means(content) if competes(point["name"])]
-    points.sort(key=lambda point: (point["bytes_read"], -point["captured"]))
+    competing = [point for point in points if competes(point["name"])]
     front, most = set(), -1.0
-    for point in points:
+    for point in sorted(competing, key=lambda point: (point["bytes_read"], -point["captured"])):
         if point["captured"] > most:
             front.add(point["method"])
             most = point["captured"]
