@@ -281,6 +281,22 @@ def test_verified_attention_on_bins(shape):
     check_verified_attention(shape)
 
 
+def test_sums_on_bins_lower(monkeypatch):
+    batch, kv_heads, group, tokens, dim = 2, 2, 5, 1024, 64
+    kv, lists = (batch, kv_heads, tokens), (batch, kv_heads)
+    array = jax.ShapeDtypeStruct
+    text = kernel_text(
+        monkeypatch,
+        lambda *arrays: attention_kernel.verified_attention(
+            *arrays, softmax_scale=0.1, sink=FIRST, deviations=K, **CONSTANTS
+        ),
+        array((*lists, group, dim), jnp.bfloat16), *[array((*kv, dim), jnp.bfloat16)] * 2,
+        array(kv, jnp.int32), array(lists, jnp.int32), array((*lists, group, tokens // 4), jnp.int32),
+        array(kv, jnp.bfloat16), array((batch,), jnp.int32), array((*lists, 8, 8), jnp.float32),
+    )  # fmt: skip
+    assert "found_tokens" in text
+
+
 def case(shape, config, seed=0, size=1.0, lengths=None):
     """A cache and queries [B,K,G,D] with a spread of logits of about `size` nats."""
     rng = np.random.default_rng(seed)
