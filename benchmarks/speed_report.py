@@ -25,16 +25,18 @@ def decode_attention(rows: list[Row]) -> tuple[str, list[str]]:
         "a cold L2, from the query to the output; the floor is the time of reading codes and attended tokens once, at "
         "the bandwidth that a streaming pass reached in the same run. Wall time is a step of a jitted loop; RaBitQ's "
         "appends the token and quantizes besides. Quantizing is the lazy update's mean over an interval, as a share of "
-        "the kernel time. The ratio is of wall times, to the faster dense attention."
+        "the kernel time. The ratio is of wall times, to the faster dense attention. "
+        "Beyond Top-p are the tokens that bins keep more than the definition does, relative to its number."
     )
     head = (
-        "case", "attended", "mass held", "kernels, µs", "share of floor", "quantizing", "RaBitQ, µs", "dense XLA, µs",
-        "dense cuDNN, µs", "ratio",
+        "case", "attended", "beyond Top-p", "mass held", "kernels, µs", "share of floor", "quantizing", "RaBitQ, µs",
+        "dense XLA, µs", "dense cuDNN, µs", "ratio",
     )  # fmt: skip
     lines = [
         (
             label(row),
             f"{row['kept']:.1%}",
+            f"{row['overshoot']:.1%}",
             f"{row['true_mass']:.0%}",
             spread(row["kernel_us"]),
             f"{row['share_of_floor']:.0%}",
