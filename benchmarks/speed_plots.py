@@ -56,7 +56,7 @@ def draw_stages(axes: Any, rows: list[Row]) -> None:
         left = [a + b for a, b in zip(left, times, strict=True)]
     axes.invert_yaxis()
     axes.set(xlabel="kernel time, µs")
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, fontsize=8)
 
 
 def stage_times(kernels: dict[str, float]) -> dict[str, float]:
