@@ -223,14 +223,16 @@ def methods(measured: dict[str, Any]) -> str:
 
 
 def methods_summary(measured: dict[str, Any]) -> str:
-    """The best of every method on the retrieval model."""
-    (problems,), (tokens,) = ({row[name] for row in measured["rows"]} for name in ("examples", "tokens"))
+    """The best of every method on the retrieval model, at the longest prompts."""
+    tokens = max(row["tokens"] for row in measured["rows"])
+    longest = {kind: [row for row in measured[kind] if row["tokens"] == tokens] for kind in ("rows", "probes")}
+    (problems,) = {row["examples"] for row in longest["rows"]}
     about = (
         f"**The retrieval model** ({provenance(measured, 'methods.json', 'benchmarks/results')}; prompts of {tokens:,} "
         f"tokens, {problems} problems of each task). Scores are means over the tasks; captured is the mean over heads, "
         "layers and decode steps. The columns are as above."
     )
-    return "\n\n".join([paragraph(about), selectors_report.model_table(measured)])
+    return "\n\n".join([paragraph(about), selectors_report.model_table(longest)])
 
 
 def paragraph(text: str) -> str:

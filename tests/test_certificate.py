@@ -18,13 +18,7 @@ from rabitq_jax.threshold_selection import keep_by_thresholds
 from rabitq_jax.verified_attention import verified_attention
 from tests.test_attention import HEAD_DIM, HEADS, KV_HEADS, PROMPT, SMALL, decode, dense, filled_cache, prefill, prompt
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Most of these tests' time is LLVM's."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.mark.parametrize("spread", ["normal", "heavy-tailed", "two values"])
