@@ -33,9 +33,9 @@ NEVER = -1e30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What a head is to keep: constants of `rabitq_jax.thresholds`."""
+    """What a head is to keep: constants of `rabitq_jax.thresholds`, and the share of the mass to be left out."""
 
-    top_p: float
+    left_out: float
     deviations: float
     certified: bool
     shared: float
@@ -67,7 +67,7 @@ def find_limits(rule: Rule, lane, state: State, head, base, exact_lse, noise, sc
 
     masses_behind, squares_behind = _sums_behind(lane, masses), _sums_behind(lane, squares)
     total = m.add_float(exact, m.shuffle(m.add_float(masses[0], masses_behind[0]), 0))
-    budget = m.multiply_float(total, 1 - rule.top_p)
+    budget = m.multiply_float(total, rule.left_out)
     k = rule.deviations if rule.certified else 0.0
 
     def short(first, second):
@@ -75,7 +75,7 @@ def find_limits(rule: Rule, lane, state: State, head, base, exact_lse, noise, sc
         bound = m.fma(first, 1 + rule.shared * k, m.multiply_float(m.square_root(m.multiply_float(second, SPREAD)), k))
         return m.select(m.not_less_float(budget, bound), 0, 1)
 
-    if rule.top_p == 1:
+    if rule.left_out == 0:
         kept = m.value(BINS)
     else:
         number = functools.reduce(m.add, map(short, masses_behind, squares_behind))

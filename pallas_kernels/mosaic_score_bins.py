@@ -25,9 +25,10 @@ base, added up over a warp, are worth so many tokens of the warp's largest score
 row counts these, in steps of 1/256, in bins that go up from base.
 
 Where estimates come with their deviation sd = noise * scale, tokens are counted as certified selection wants them
-(rabitq_jax/thresholds.py): in the bin of z - sd^2, with the weight e^(z - sd^2 / 2). A word then holds a sum of
-weights, in steps of `MASS_UNIT` of what the bin's upper edge weighs. The byte is that of z as before. A token whose
-deviation is above `LARGEST_DEVIATION` is not counted, and goes to bin 0, whatever its score.
+(rabitq_jax/thresholds.py): in the bin of z - sd^2, with the weight e^(z - sd^2 / 2) of the bin's middle, which differs
+from the mean over the bin by a few thousandths. A word then holds a sum of weights, in steps of `MASS_UNIT` of what the
+bin's upper edge weighs without noise. The byte is that of z as before. A token whose deviation is above
+`LARGEST_DEVIATION` is not counted, and goes to bin 0, whatever its score.
 """
 
 import dataclasses
@@ -213,7 +214,7 @@ class _Scorer:
             self.bases.append(m.as_float(m.load(m.address(base, self._head(h)))[0]))
             # Half a bin less: the conversion to an integer rounds to nearest.
             top = m.fma(self.bases[-1], BINS_PER_NAT / (BINS - 1), -0.5 / (BINS - 1))
-            self.factors.append((gain, minus_sum, top))
+            self.factors.append((m.add_float(gain, gain), m.multiply_float(gain, minus_sum), top))
         self.variances = [self._variance(noise, h) for h in range(sizes.groups)] if noise is not None else []
 
     def _variance(self, noise, h):
@@ -282,9 +283,9 @@ class _Scorer:
             for i in range(4)
         ]
         for h in range(sizes.groups):
-            gain, minus_sum, _ = self.factors[h]
+            gain, offset, _ = self.factors[h]
             dots = _dots(fragments, self.columns[h])
-            scores = [_affine(dots[i], minus_sum, gain, scale[i], shifts[h]) for i in range(4)]
+            scores = [_affine(dots[i], gain, offset, scale[i], shifts[h]) for i in range(4)]
             if bias is not None:
                 scores = [m.fma(x, sizes.bias_gain, z) for x, z in zip(bias, scores, strict=True)]
             packed, peaks = self.see_scores(h, scores, scale, scored, peaks)
@@ -339,25 +340,24 @@ class _WeightScorer(_Scorer):
             usable = m.not_less_float(LARGEST_DEVIATION**2, variance)
             counted = usable if is_scored is None else m.both(usable, is_scored)
             tilted = m.subtract_float(z, variance)
-            bin_, depth = _bin(tilted, top)
-            at_edge = MASS_BITS - LOG2_E * (LARGEST_DEVIATION**2 / 2 + 0.5 / BINS_PER_NAT)
-            log2_weight = m.fma(_place(bin_, depth), -LOG2_E / BINS_PER_NAT, m.fma(variance, LOG2_E / 2, at_edge))
-            weight = m.as_int(m.add_float(m.exp2(log2_weight), 2.0**23))
-            self._add(h, bin_, m.bit_and(weight, 2**23 - 1), counted)
+            bin_, _ = _bin(tilted, top)
+            in_the_middle = MASS_BITS - LOG2_E * (LARGEST_DEVIATION**2 / 2 + 0.5 / BINS_PER_NAT)
+            weight = m.exp2(m.fma(variance, LOG2_E / 2, in_the_middle))
+            self._add(h, bin_, m.as_int(_as_subnormal(weight)), counted)
             bins.append(m.select(usable, m.as_int(_bin(z, top)[0]), 0))
-            seen.append((tilted, m.fma(variance, -0.5, z), counted))
+            seen.append((z, variance, tilted, counted))
         if h == 0:
             peaks = [*peaks[:-1], self._largest_scale(peaks[-1], scales, scored)]
 
         def see_peaks(peak):
-            for tilted, log_weight, counted in seen:
-                tilted, log_weight = m.minimum(tilted, 3e38), m.minimum(log_weight, 3e38)
+            for z, variance, tilted, counted in seen:
+                tilted, log_weight = m.minimum(tilted, 3e38), m.minimum(m.fma(variance, -0.5, z), 3e38)
                 larger = m.both(counted, m.less_float(peak[0], tilted))
                 peak = [m.select(larger, new, old) for new, old in zip((tilted, log_weight), peak, strict=True)]
             return peak
 
         # Few tokens are above the bins.
-        above = m.negate(m.not_less_float(self.bases[h], functools.reduce(m.maximum, [x for x, *_ in seen])))
+        above = m.negate(m.not_less_float(self.bases[h], functools.reduce(m.maximum, [x[2] for x in seen])))
         mine = m.update(above, peaks[2 * h : 2 * h + 2], see_peaks)
         return bins, [*peaks[: 2 * h], *mine, *peaks[2 * h + 2 :]]
 
@@ -401,13 +401,15 @@ def _product(rows, columns):
     return dots
 
 
-def _affine(dot, minus_sum, gain, scale, shift):
-    """gain (2 dot - sum) scale + shift; the bracket is exact."""
-    text = (
-        "{ .reg .f32 x; sub.rn.f32 x, $1, 0f4B400000; fma.rn.f32 x, x, 0f40000000, $2; mul.rn.f32 x, x, $3; "
-        "fma.rn.f32 $0, x, $4, $5; }"
-    )
-    return m.ptx(text, [m.as_float(dot), minus_sum, gain, scale, shift], "f")[0]
+def _affine(dot, gain, offset, scale, shift):
+    """(gain dot + offset) scale + shift."""
+    text = "{ .reg .f32 x; sub.rn.f32 x, $1, 0f4B400000; fma.rn.f32 x, x, $2, $3; fma.rn.f32 $0, x, $4, $5; }"
+    return m.ptx(text, [m.as_float(dot), gain, offset, scale, shift], "f")[0]
+
+
+def _as_subnormal(x):
+    """x 2^-149, an f32 whose bits are those of x rounded to an integer."""
+    return m.ptx("mul.rn.f32 $0, $1, 0f00000001;", [x], "f")[0]
 
 
 def _bin(z, top):

@@ -26,6 +26,9 @@ STEPS = 1024
 SHARED = 0.085
 # Least share of the mass to be left out that a single unseen token may hold.
 LEAST_SINGLE = 0.1
+# Share of the mass that may be left out which certified selection plans to leave out at first. Verification has noise of
+# its own: without something in hand, it sends one head in fifty into a second round, which costs more than the tokens.
+PLANNED = 0.7
 # Deviations below this are bfloat16's rounding, not the code's: a key at its block's centroid has scale 0.
 LEAST_DEVIATION = 0.01
 
@@ -123,6 +126,11 @@ def confidence(failure_rate: float) -> float:
     """Deviations k that four ways to fail have each with probability failure_rate / 4: the mass left out is larger than
     its upper bound, or one unseen token is, in either of two rounds."""
     return -statistics.NormalDist().inv_cdf(failure_rate / 4)
+
+
+def left_out(top_p: float, *, certified: bool) -> float:
+    """Share of the mass that the first thresholds plan to leave out."""
+    return (1 - top_p) * (PLANNED if certified else 1.0)
 
 
 def measure_masses(noisy: NoisyLogits, exact_lse: jax.Array) -> ScoredMass:
@@ -236,7 +244,7 @@ def debiased_thresholds(
 ) -> tuple[Thresholds, jax.Array]:
     """Thresholds whose kept tokens hold top_p of the true mass on average; and C1 at them."""
     k = confidence(failure_rate)
-    budget = (1 - top_p) * mass.total
+    budget = left_out(top_p, certified=False) * mass.total
     bulk, below = find_bulk(noisy, mass, budget, 0 * budget, 0.0, implementation=implementation)
     if top_p == 1:
         bulk, below = jnp.full_like(bulk, -jnp.inf), 0 * below
@@ -250,7 +258,7 @@ def certified_thresholds(
     """Thresholds whose kept tokens hold top_p of the true mass but with probability failure_rate, by the estimates
     alone; and C1 at them."""
     k = confidence(failure_rate)
-    budget = (1 - top_p) * mass.total
+    budget = left_out(top_p, certified=True) * mass.total
     bulk, below = find_bulk(noisy, mass, budget, 0 * budget, k, implementation=implementation)
     single = jnp.log(jnp.maximum(budget - below, LEAST_SINGLE * budget)) + mass.peak
     if top_p == 1:

@@ -20,7 +20,7 @@ from rabitq_jax.cache import init_layer_cache
 from rabitq_jax.noisy_bins import NoisyBins
 from rabitq_jax.noisy_scores import NoisyScores
 from rabitq_jax.scores import proxy_scores_reference
-from rabitq_jax.thresholds import LEAST_SINGLE, SHARED, confidence
+from rabitq_jax.thresholds import LEAST_SINGLE, SHARED, confidence, left_out
 from rabitq_jax.verified_attention import CONSTANTS
 from tests.test_lowering import kernel_text
 from tests.test_mosaic_kernels import FIRST, emulate, inputs, padded, prepared, ranges, zeros
@@ -31,7 +31,8 @@ K = confidence(1e-3)
 
 def rule_of(top_p, certified):
     return mosaic_certified.Rule(
-        top_p=top_p, deviations=K, certified=certified, shared=SHARED, least_single=LEAST_SINGLE
+        left_out=left_out(top_p, certified=certified), deviations=K, certified=certified, shared=SHARED,
+        least_single=LEAST_SINGLE,
     )
 
 
@@ -49,7 +50,7 @@ def select(shape, arguments, noise, base, exact_lse, quantized, length, rule):
     )  # fmt: skip
 
 
-def check_selection(shape, *, certified, top_p=0.9, offset=1.0, largest=1.0, bias=False, jit=lambda run: run):
+def check_selection(shape, *, certified, top_p=0.9, offset=1.03, largest=1.0, bias=False, jit=lambda run: run):
     """Against float64 sums over the tokens; returns the kernels' results."""
     arguments = inputs(shape, bias=bias)
     quantized, length = ranges(shape)
@@ -107,9 +108,8 @@ class _Head:
         assert np.all((bytes_ == want) | (near & (np.abs(bytes_ - want) <= 1)) | (np.abs(self.sd - 4) < 1e-5))
 
     def check_spreads(self, spreads):
-        # Beyond the middle of the first and the last bin, places say nothing.
-        within = np.clip(self.depth, 0.5, 255.5) - self.bin
-        weight = np.where(self.usable, np.exp(self.sd**2 / 2 - within / 8), 0)
+        # That of the middle of the bin, over the one at its upper edge of a token without noise.
+        weight = np.where(self.usable, np.exp(self.sd**2 / 2 - 1 / 16), 0)
         want = np.bincount(self.bin, weight, minlength=256)
         near = np.abs(self.depth - np.round(self.depth)) < 2e-3
         slack = np.bincount(self.bin[near], 1.2 * weight[near], minlength=257)[:256]
@@ -121,7 +121,8 @@ class _Head:
         assert got_noise == pytest.approx(noise) and base == self.base and 1 <= kept <= 256 and kept == int(kept)
         if exact:
             assert peak == base
-        weight = np.where(self.usable, np.exp(self.z - self.sd**2 / 2 - peak), 0)
+        tilted = np.where(self.depth < 0, self.z - self.sd**2, self.base - (self.bin + 0.5) / 8)
+        weight = np.where(self.usable, np.exp(tilted + self.sd**2 / 2 - peak), 0)
         all_mass = weight.sum() + np.exp(min(self.exact_lse - peak, 60))
         # Tokens above the bins are counted with what they hold at least.
         assert total <= all_mass * (1 + 2e-3) + 1e-6
@@ -132,10 +133,10 @@ class _Head:
         below_at = lambda n: weight[self.bin >= n].sum()  # noqa: E731
         near = np.abs(self.depth - kept) < 2e-3
         assert below == pytest.approx(below_at(kept), rel=4e-3, abs=1.2 * weight[near].sum() + 1e-6 * total)
-        if rule.top_p == 1:
+        if rule.left_out == 0:
             assert kept == 256 and below == 0
             return
-        budget, k = (1 - rule.top_p) * total, K * rule.certified
+        budget, k = rule.left_out * total, K * rule.certified
         square = weight * np.exp(-self.bin / 8 + self.base - peak) * SPREAD * mean_spread
 
         def bound(n, slack):
@@ -154,9 +155,9 @@ class _Head:
 
 
 CASES = [
-    (Shape(2, 2, 4, 1024, 128), True, 1.0, 1.0),
+    (Shape(2, 2, 4, 1024, 128), True, 1.03, 1.0),
     (Shape(1, 2, 5, 512, 64), True, -3.0, 1.0),
-    (Shape(1, 1, 1, 1536, 128), False, 1.0, 6.0),
+    (Shape(1, 1, 1, 1536, 128), False, 1.03, 6.0),
     (Shape(3, 1, 2, 2560, 128), False, -3.0, 0.5),
 ]
 
@@ -433,7 +434,7 @@ class TestOnHopper:
     @pytest.mark.parametrize("top_p", [0.3, 0.95, 1.0])
     @pytest.mark.parametrize(
         "shape,certified,offset,largest",
-        [*CASES, (Shape(1, 8, 4, 131072, 128), True, 1.0, 1.0), (Shape(1, 2, 16, 3072, 384), True, -3.0, 1.0)],
+        [*CASES, (Shape(1, 8, 4, 131072, 128), True, 1.03, 1.0), (Shape(1, 2, 16, 3072, 384), True, -3.0, 1.0)],
         ids=str,
     )
     def test_selection(self, shape, certified, offset, largest, top_p):
