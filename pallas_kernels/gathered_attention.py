@@ -69,17 +69,27 @@ class _Split:
         return jnp.sum(jnp.where(self.row == row, numbers, 0))
 
 
-def for_each_list(counts_ref, work: "Work", body):
-    """Run `body(head, place, count, first, stop, is_last)` for the lists of this program: the place of its part, the
-    list's tokens, the tiles of the list that are this program's, and whether no tile comes after them."""
+def for_each_list(counts_ref, ends_ref, work: "Work", body):
+    """Run `body(head, place, count, first, stop)` for the lists of this program: the place of its part, the list's
+    tokens, and the tiles of the list that are this program's. The places of a list's first and last parts go to
+    `ends_ref` [R,2]."""
     split = _Split.of(counts_ref, work.tile, work.programs)
     program = pl.program_id(0)
     start, stop = split.start(program), split.start(program + 1)
 
     def one_list(head, _):
         begin, end = split.tiles_of(head)
-        mine = jnp.maximum(start, begin) - begin, jnp.minimum(stop, end) - begin
-        body(head, program + head, split.count(head), *mine, stop >= end)
+        place = program + head
+
+        @pl.when(start <= begin)
+        def _():
+            ends_ref[head, 0] = place
+
+        @pl.when(stop >= end)
+        def _():
+            ends_ref[head, 1] = place
+
+        body(head, place, split.count(head), jnp.maximum(start, begin) - begin, jnp.minimum(stop, end) - begin)
 
     first, last = split.row_of(start), split.row_of(stop - 1)
     jax.lax.fori_loop(first, jnp.where(start < stop, last + 1, first), one_list, None)
@@ -101,15 +111,7 @@ def _attend_kernel(
         at = (head + 0 * dim, index[:, None] + 0 * dim, dim)
         return _pallas.load_masked(ref, at, valid[:, None] & (dim < head_dim))
 
-    def attend_list(head, place, count, first, stop, is_last):
-        @pl.when(first == 0)
-        def _():
-            ends_ref[head, 0] = place
-
-        @pl.when(is_last)
-        def _():
-            ends_ref[head, 1] = place
-
+    def attend_list(head, place, count, first, stop):
         query = load_query(query_ref, keys_ref.dtype, head)
 
         def attend_tile(i, state):
@@ -140,18 +142,20 @@ def _attend_kernel(
             first, stop, attend_tile, state
         )
 
-    for_each_list(counts_ref, work, attend_list)
+    for_each_list(counts_ref, ends_ref, work, attend_list)
 
 
-def _combine_kernel(count_ref, ends_ref, peak_ref, total_ref, partial_ref, *refs, work):
-    """count [], ends [2], peak and total [N,M], partial [N,M,Dp], and sums [N,J,H] if there are any -> out [C], some
-    columns of a query head, zero if its list is empty; and the head's sums [J]."""
+def _combine_kernel(count_ref, ends_ref, peak_ref, total_ref, partial_ref, out_ref, *, work):
+    """`combine_columns`, of programs (list, query head, columns)."""
     row, some = pl.program_id(1), pl.program_id(2)
-    first = ends_ref[0]
-    # The parts of an empty list were not written.
-    parts = jnp.where(count_ref[...] > 0, ends_ref[1] - first + 1, 0)
-    out_ref = refs[-1] if len(refs) == 1 else refs[1]
+    combine_columns(row, some, count_ref, ends_ref, peak_ref, total_ref, partial_ref, out_ref, work)
+
+
+def combine_columns(row, some, count_ref, ends_ref, peak_ref, total_ref, partial_ref, out_ref, work: "Work"):
+    """count [], ends [2], peak and total [N,M], partial [N,M,Dp] -> out [C], some columns of a list's query head, zero
+    if the list is empty."""
     columns, at_once = out_ref.shape[0], work.combined_parts
+    first, parts = parts_of(count_ref, ends_ref)
     part = jnp.arange(at_once, dtype=jnp.int32)
     column = some * columns + jax.lax.broadcasted_iota(jnp.int32, (at_once, columns), 1)
 
@@ -171,22 +175,12 @@ def _combine_kernel(count_ref, ends_ref, peak_ref, total_ref, partial_ref, *refs
     state = jnp.float32(LOWEST), jnp.float32(0), jnp.zeros((columns,), jnp.float32)
     _, total, out = jax.lax.fori_loop(0, pl.cdiv(parts, at_once), add, state)
     out_ref[...] = jnp.where(total == 0, 0.0, out / total).astype(out_ref.dtype)
-    if len(refs) == 1:
-        return
 
-    @pl.when(some == 0)
-    def _():
-        sums_of_parts_ref, _, sums_ref = refs
-        kind = jax.lax.broadcasted_iota(jnp.int32, (at_once, sums_ref.shape[0]), 1)
 
-        def add(i, sums):
-            place = i * at_once + part
-            valid = jnp.broadcast_to((place < parts)[:, None], kind.shape)
-            at = ((first + place)[:, None] + 0 * kind, kind, row + 0 * kind)
-            return sums + jnp.sum(_pallas.load_masked(sums_of_parts_ref, at, valid), axis=0)
-
-        zero = jnp.zeros(sums_ref.shape, jnp.float32)
-        sums_ref[...] = jax.lax.fori_loop(0, pl.cdiv(parts, at_once), add, zero)
+def parts_of(count_ref, ends_ref):
+    """The place of a list's first part, and how many it has: those of an empty list were not written."""
+    first = ends_ref[0]
+    return first, jnp.where(count_ref[...] > 0, ends_ref[1] - first + 1, 0)
 
 
 def product_shape(group, head_dim):
@@ -210,6 +204,12 @@ class Work:
     programs: int
     parts: int
 
+    @classmethod
+    def split(cls, lists: int, tokens: int, *, tile: int, programs: int) -> "Work":
+        """Lists of up to so many tokens."""
+        programs = min(programs, lists * (tokens // tile))
+        return cls(tile=tile, programs=programs, parts=programs + lists)
+
     @property
     def combined_parts(self) -> int:
         """Parts combined at a time: those that a list has as a rule."""
@@ -231,14 +231,13 @@ def attend(query, keys, values, indices, counts, *, softmax_scale, with_logits):
     rows, columns = product_shape(group, head_dim)
     # A tile's keys and values must fit into shared memory, where float32 takes three times the room (see _pallas.dot).
     tile = _pallas.block_of(indices.shape[-1], TILE if columns * keys.dtype.itemsize <= 512 else TILE // 2)
-    programs = min(PROGRAMS, heads * (indices.shape[-1] // tile))
-    work = Work(tile=tile, programs=programs, parts=programs + heads)
+    work = Work.split(heads, indices.shape[-1], tile=tile, programs=PROGRAMS)
     shapes = [(work.parts, rows), (work.parts, rows), (work.parts, rows, columns)]
     shapes += [(heads, group, indices.shape[-1])] * with_logits
     return work, _pallas.call(
         functools.partial(_attend_kernel, work=work, softmax_scale=softmax_scale),
         name="gathered_attention",
-        grid=(programs,),
+        grid=(work.programs,),
         out_shape=[
             jax.ShapeDtypeStruct((heads, 2), jnp.int32),
             *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
@@ -251,35 +250,44 @@ def by_row(x):
     return x.reshape(-1, *x.shape[2:])
 
 
-def combine(work: Work, counts, shape, partial, sums=None, *, dtype):
-    """Output [B,K,G,D] of queries of a shape; and, of sums float32 [N,J,H] over the tokens of the parts, H from G on,
-    those over the lists, float32 [B,K,G,J]."""
-    batch, kv_heads, group, head_dim = shape
-    columns = partial[-1].shape[-1]
-    some = min(columns, COMBINED_COLUMNS)
-    out_specs = [pl.BlockSpec((None, None, some), lambda row, g, part: (row, g, part))]
-    out_shape = [jax.ShapeDtypeStruct((batch * kv_heads, group, columns), dtype)]
-    if sums is not None:
-        kinds = sums.shape[1]
-        out_specs.append(pl.BlockSpec((None, None, kinds), lambda row, g, part: (row, g, 0)))
-        out_shape.append(jax.ShapeDtypeStruct((batch * kv_heads, group, kinds), jnp.float32))
-    inputs = [by_row(counts), *partial] + ([] if sums is None else [sums])
-    out, *sums = _pallas.call(
+def combine(work: Work, counts, shape, partial, *, dtype):
+    """Output [B,K,G,D] of queries of a shape."""
+    grid, in_specs, out_spec, out_shape = combine_call(counts, shape, partial, dtype=dtype)
+    out = _pallas.call(
         functools.partial(_combine_kernel, work=work),
         name="combine_parts",
-        grid=(batch * kv_heads, group, columns // some),
-        in_specs=[
-            pl.BlockSpec((None,), lambda row, g, part: (row,)),
-            pl.BlockSpec((None, 2), lambda row, g, part: (row, 0)),
-            *(pl.BlockSpec(x.shape, functools.partial(_origin, x.ndim)) for x in inputs[2:]),
-        ],
-        out_specs=out_specs,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_spec,
         out_shape=out_shape,
-    )(*inputs)
-    out, *sums = (x.reshape(batch, kv_heads, group, -1) for x in (out, *sums))
-    return (out[..., :head_dim], *sums) if sums else out[..., :head_dim]
+    )(by_row(counts), *partial)
+    return by_query(out, shape)
+
+
+def combine_call(counts, shape, partial, *, dtype):
+    """Grid (list, query head, columns), and specs and shape of the output, for `combine_columns`."""
+    group, columns = shape[2], partial[-1].shape[-1]
+    some = min(columns, COMBINED_COLUMNS)
+    in_specs = [
+        pl.BlockSpec((None,), lambda row, g, part: (row,)),
+        pl.BlockSpec((None, 2), lambda row, g, part: (row, 0)),
+        *(whole(x) for x in partial[1:]),
+    ]
+    last = columns // some - 1
+    out_spec = pl.BlockSpec((None, None, some), lambda row, g, part: (row, g, jnp.minimum(part, last)))
+    out_shape = jax.ShapeDtypeStruct((counts.size, group, columns), dtype)
+    return (counts.size, group, columns // some), in_specs, out_spec, out_shape
+
+
+def by_query(out, shape):
+    """Combined columns as [B,K,G,D]."""
+    return out.reshape(*shape[:3], -1)[..., : shape[3]]
+
+
+def whole(x):
+    """The spec of an array that is taken whole."""
+    return pl.BlockSpec(x.shape, functools.partial(_origin, x.ndim))
 
 
 def _origin(dimensions: int, *_):
-    """The block of an array that is taken whole."""
     return (0,) * dimensions

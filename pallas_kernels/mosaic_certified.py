@@ -9,11 +9,11 @@ and once more, by limits that are given, for heads whose share was verified to b
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_compact, mosaic_score_bins
+from pallas_kernels import _pallas, mosaic_compact, mosaic_score_bins
 from pallas_kernels.mosaic_certified_threshold import LIMITS, Rule
 from pallas_kernels.mosaic_top_p import zeros
 
-__all__ = ["LIMITS", "Rule", "score_and_select", "select_again", "spreads", "zeros"]
+__all__ = ["LIMITS", "Rule", "load_spreads", "score_and_select", "select_again", "zeros"]
 
 
 def score_and_select(
@@ -27,8 +27,8 @@ def score_and_select(
         `mosaic_top_p.score_and_select`.
 
     Returns:
-      Bins int32 [B,K,G,T/4]; the state, int32 [B,K,Z], for `spreads`; and indices int32 [B,K,T], counts int32 [B,K] and
-      limits float32 [B,K,H,LIMITS].
+      Bins int32 [B,K,G,T/4]; the state, int32 [B,K,Z], for `load_spreads`; and indices int32 [B,K,T], counts int32
+      [B,K] and limits float32 [B,K,H,LIMITS].
 
     Raises:
       NotImplementedError: `mosaic_top_p.takes` is False.
@@ -53,9 +53,11 @@ def select_again(bins, limits, rows, scale, quantized, length, *, sink: int, dev
     )
 
 
-def spreads(state, heads: int):
-    """Sums of e^(sd^2 / 2) over the tokens of each bin of z - sd^2, less for those below its upper edge: float32
-    [B,K,H,256]."""
-    words = state[..., : heads * 2 * mosaic_score_bins.BINS].reshape(*state.shape[:2], heads, -1, 2)
-    low, high = (jax.lax.bitcast_convert_type(words[..., i], jnp.uint32).astype(jnp.float32) for i in range(2))
-    return (low + 2.0**32 * high) * mosaic_score_bins.MASS_UNIT
+def load_spreads(state_ref, head):
+    """In a portable kernel, from a kv head's state [Z]: sums of e^(sd^2 / 2) over the tokens of each bin of z - sd^2,
+    less for those below its upper edge, from the worst bin up, behind a zero: float32 [256]."""
+    place = jnp.arange(mosaic_score_bins.BINS)
+    at = 2 * (head * mosaic_score_bins.BINS + mosaic_score_bins.BINS - place)
+    low, high = (_pallas.load_masked(state_ref, (at + i,), place > 0) for i in range(2))
+    unsigned = jnp.where(low < 0, 2.0**32, 0.0) + low.astype(jnp.float32)
+    return (unsigned + 2.0**32 * high.astype(jnp.float32)) * mosaic_score_bins.MASS_UNIT

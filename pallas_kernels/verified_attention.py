@@ -1,10 +1,12 @@
 """Gathered attention, and what its exact logits say of the tokens outside the lists.
 
     attend    as in gathered_attention.py; it hands out the logits of the listed tokens
-    found     program: the same tiles of lists, as numbers [query heads, tokens] -> sums of the terms below
-    combine   program (kv head, query head, columns): the parts of a head, and of its sums
+    found     program, of one warp: tiles of lists, as numbers [query heads, tokens] -> sums of the terms below
+    finish    program (kv head, query head, columns): the parts of a head; and one more a query head: the parts of its
+              sums, and what follows from them
 
-Sums are not made where logits are: there a head is one row of 16, most of which are padding.
+Sums are not made where logits are: there a head is one row of 16, most of which are padding. They are few numbers a
+token behind many instructions, so that it takes many small programs to keep the device busy.
 
 A token's estimate comes as a float32 score, or as the byte of `mosaic_score_bins`: its place in the bin is then taken
 to be the middle, and a threshold is a bin's edge. The equations are those of rabitq_jax/certificate.py; the normal
@@ -17,14 +19,26 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas
 from pallas_kernels.debiased_mass import deviation
-from pallas_kernels.gathered_attention import Work, attend, by_row, combine, for_each_list
+from pallas_kernels.gathered_attention import (
+    Work,
+    attend,
+    by_query,
+    by_row,
+    combine_call,
+    combine_columns,
+    for_each_list,
+    parts_of,
+    whole,
+)
 from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT, LARGEST_DEVIATION
 
 # Sums over the list's tokens that a query head found itself, but for the first two; see `verified_attention`.
 KINDS = 8
+TILE, PROGRAMS, WARPS = 64, 2048, 1
 # Below LARGEST_DEVIATION by more than rounding.
 SURE_DEVIATION = LARGEST_DEVIATION * (1 - 1e-5)
 ERFC = (
@@ -34,7 +48,7 @@ ERFC = (
 
 
 def normal_cdf(x):
-    """Phi(x), float32, with a small relative error wherever it is a normal number."""
+    """Phi(x) and Phi(-x), float32, with a small relative error wherever they are normal numbers."""
     z = jnp.abs(x) * math.sqrt(0.5)
     # A reciprocal, by the fast instruction.
     t = jnp.square(jax.lax.rsqrt(1 + 0.5 * z))
@@ -42,7 +56,7 @@ def normal_cdf(x):
     for coefficient in ERFC[-2::-1]:
         fit = fit * t + coefficient
     tail = 0.5 * t * jnp.exp(fit - z * z)
-    return jnp.where(x < 0, tail, 1 - tail)
+    return jnp.where(x < 0, tail, 1 - tail), jnp.where(x < 0, 1 - tail, tail)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,14 +69,14 @@ class _Constants:
     largest_log: float
 
 
-def _kernel(
-    counts_ref, indices_ref, logits_ref, quantized_ref, limits_ref, scale_ref, estimates_ref, sums_ref,
+def _found_kernel(
+    counts_ref, indices_ref, logits_ref, quantized_ref, limits_ref, scale_ref, estimates_ref, ends_ref, sums_ref,
     *, work: Work, constants: _Constants,
 ):  # fmt: skip
     """counts [R], indices [R,S], logits [R,G,S], quantized [B], limits [R,H,J], scale [R,T], estimates [R,G,T] of
-    scores or [R,G,T/4] of bins -> sums [N,KINDS,H] of the parts."""
+    scores or [R,G,T/4] of bins -> places of the lists' first and last parts [R,2], sums [N,KINDS,H] of the parts."""
 
-    def sum_list(head, place, count, first, stop, _):
+    def sum_list(head, place, count, first, stop):
         found = _Found(constants, head, quantized_ref, limits_ref, scale_ref, estimates_ref)
 
         def sum_tile(i, sums):
@@ -78,7 +92,7 @@ def _kernel(
         for i, total in enumerate(jax.lax.fori_loop(first, stop, sum_tile, (zero,) * KINDS)):
             sums_ref[place, i, :] = jnp.sum(total, axis=1)
 
-    for_each_list(counts_ref, work, sum_list)
+    for_each_list(counts_ref, ends_ref, work, sum_list)
 
 
 class _Found:
@@ -110,8 +124,9 @@ class _Found:
         weight = jnp.exp(jnp.minimum(true - self.peak, constants.largest_log))
         tau = jnp.clip((threshold - true) / sd, -2 * constants.far, 2 * constants.far)
         density = jnp.exp(-0.5 * tau * tau) * (1 / math.sqrt(2 * math.pi))
-        over_found = 1 / normal_cdf(-tau)
-        h0, h1, h2 = (normal_cdf(tau - j * sd) * over_found for j in range(3))
+        under, over = normal_cdf(tau)
+        over_found = 1 / over
+        h0, h1, h2 = (x * over_found for x in (under, normal_cdf(tau - sd)[0], normal_cdf(tau - 2 * sd)[0]))
         hazard = density * over_found
         near = found & (tau > -constants.far)
         missed = jnp.where(near, weight * (h0 - h1), 0.0)
@@ -159,9 +174,41 @@ def kept_bins(kept, depth, depth_gain, scale):
     return jnp.maximum(kept, jnp.floor(jnp.clip(depth + depth_gain * scale, 0, BINS - 1)) + 1)
 
 
+def _finish_kernel(
+    count_ref, ends_ref, peak_ref, total_ref, partial_ref, found_ends_ref, sums_ref, *refs,
+    work: Work, found_work: Work, conclude,
+):  # fmt: skip
+    """As `combine_columns`; and found_ends [2], sums [N,KINDS,H] of the parts, what `conclude` looks at -> out [C], and
+    what it finds of a query head."""
+    *known_refs, out_ref, found_ref = refs
+    head, some = pl.program_id(1), pl.program_id(2)
+    last = pl.num_programs(2) - 1
+
+    @pl.when(some < last)
+    def _():
+        combine_columns(head, some, count_ref, ends_ref, peak_ref, total_ref, partial_ref, out_ref, work)
+
+    @pl.when(some == last)
+    def _():
+        first, parts = parts_of(count_ref, found_ends_ref)
+        at_once = found_work.combined_parts
+        part = jnp.arange(at_once, dtype=jnp.int32)
+
+        def add(i, sums):
+            place = i * at_once + part
+            at = lambda kind: (first + place, kind + 0 * place, head + 0 * place)  # noqa: E731
+            loads = (_pallas.load_masked(sums_ref, at(kind), place < parts) for kind in range(KINDS))
+            return tuple(old + jnp.sum(new) for old, new in zip(sums, loads, strict=True))
+
+        sums = jax.lax.fori_loop(0, pl.cdiv(parts, at_once), add, (jnp.float32(0),) * KINDS)
+        numbers = conclude(head, sums, *known_refs) if conclude else sums
+        for i, number in enumerate(numbers):
+            found_ref[i] = number
+
+
 def verified_attention(
     query, keys, values, indices, counts, estimates, scale, quantized, limits,
-    *, softmax_scale, sink, deviations, least_deviation, far, largest_log,
+    *, softmax_scale, sink, deviations, least_deviation, far, largest_log, conclude=None, known=(), numbers=KINDS,
 ):  # fmt: skip
     """`rabitq_jax.verified_attention.verified_attention_reference`.
 
@@ -172,10 +219,15 @@ def verified_attention(
       quantized: int32 [B].
       limits: float32 [B,K,H,J], H from G on, of each query head: noise and peak; then for scores the thresholds bulk
         and single; for bins base, how many bins the bulk keeps, and the depth of the single threshold in bins.
+      conclude: function of a query head's number in its group, its sums (below), and references to what is `known` of
+        it, to the float32 numbers that follow; None for the sums themselves.
+      known: pairs of an array and the `BlockSpec` of its part, for programs (kv head, query head, columns).
+      numbers: how many `conclude` finds, a power of two.
 
     Returns:
-      Output float32 [B,K,G,D], and sums float32 [B,K,G,KINDS] in units of e^peak: the mass attended; the mass of the
-      head's own tokens; missed, variance, information, score, returned and number of `rabitq_jax.certificate.Found`.
+      Output float32 [B,K,G,D], and float32 [B,K,G,numbers] what `conclude` finds. Sums are in units of e^peak: the mass
+      attended; the mass of the head's own tokens; missed, variance, information, score, returned and number of
+      `rabitq_jax.certificate.Found`.
     """
     constants = _Constants(
         kv_heads=query.shape[1], sink=sink, deviations=deviations, least_deviation=least_deviation, far=far,
@@ -185,10 +237,26 @@ def verified_attention(
         query, keys, values, indices, counts, softmax_scale=softmax_scale, with_logits=True
     )
     rows = _pallas.power_of_two(query.shape[2])
-    sums = _pallas.call(
-        functools.partial(_kernel, work=work, constants=constants),
+    lists, tokens = counts.size, indices.shape[-1]
+    found_work = Work.split(lists, tokens, tile=_pallas.block_of(tokens, TILE), programs=PROGRAMS)
+    found = _pallas.call(
+        functools.partial(_found_kernel, work=found_work, constants=constants),
         name="found_tokens",
-        grid=(work.programs,),
-        out_shape=jax.ShapeDtypeStruct((work.parts, KINDS, rows), jnp.float32),
+        num_warps=WARPS,
+        grid=(found_work.programs,),
+        out_shape=[
+            jax.ShapeDtypeStruct((lists, 2), jnp.int32),
+            jax.ShapeDtypeStruct((found_work.parts, KINDS, rows), jnp.float32),
+        ],
     )(by_row(counts), by_row(indices), logits, quantized, *(by_row(x) for x in (limits, scale, estimates)))
-    return combine(work, counts, query.shape, partial, sums, dtype=jnp.float32)
+
+    grid, in_specs, out_spec, out_shape = combine_call(counts, query.shape, partial, dtype=jnp.float32)
+    out, concluded = _pallas.call(
+        functools.partial(_finish_kernel, work=work, found_work=found_work, conclude=conclude),
+        name="combine_parts",
+        grid=(*grid[:2], grid[2] + 1),
+        in_specs=[*in_specs, in_specs[1], whole(found[1]), *(spec for _, spec in known)],
+        out_specs=[out_spec, pl.BlockSpec((None, None, numbers), lambda row, g, part: (row, g, 0))],
+        out_shape=[out_shape, jax.ShapeDtypeStruct((lists, query.shape[2], numbers), jnp.float32)],
+    )(by_row(counts), *partial, *found, *(array for array, _ in known))
+    return by_query(out, query.shape), concluded.reshape(*query.shape[:3], numbers)

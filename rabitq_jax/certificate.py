@@ -107,7 +107,27 @@ class Certificate:
     bound: jax.Array
 
 
-def certify(found: Found, below, log_attended, log_own, scored, mass: HeadMass, thresholds: Thresholds) -> Certificate:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Round:
+    """The result of attending to what limits keep.
+
+    Attributes:
+      out: float32 [B,K,G,D].
+      counts: int32 [B,K], tokens attended.
+      number: float32 [B,K,G], scored tokens that the head selected itself.
+      certificate: of the captured mass.
+      lower: limits of a second round, where the kernel has found them in passing.
+    """
+
+    out: jax.Array
+    counts: jax.Array
+    number: jax.Array
+    certificate: Certificate
+    lower: jax.Array | None = None
+
+
+def certify(found: Found, below, attended, own, scored, mass: HeadMass, thresholds: Thresholds) -> Certificate:
     """The captured mass and its bound, O(1) a head.
 
     The total is at most own + (upper bound of the rest), whatever the heads' errors have to do with each other; so
@@ -115,17 +135,15 @@ def certify(found: Found, below, log_attended, log_own, scored, mass: HeadMass, 
 
     Args:
       below: float32 [B,K,G], C1 at the threshold of the bulk, in units of e^peak.
-      log_attended, log_own: float32 [B,K,G], logarithms of these masses.
+      attended, own: as in `Certificate`.
       scored: int32 [B,1,1], how many tokens were scored; a head that found as many left nothing out.
     """
     k = thresholds.deviations
-    relative = lambda log_mass: jnp.exp(jnp.minimum(log_mass - mass.peak, LARGEST_LOG))  # noqa: E731
-    attended, own = relative(log_attended), relative(log_own)
     rest = jnp.maximum(below - found.returned, 0) + found.missed
     shift = found.score / (found.information + PRIOR_TOKENS) * mass.mean_deviation
     # Where the errors that are seen are low together, those that are not will be, too.
     bulk = (1 + SHARED * k) * rest * jnp.exp(jnp.maximum(-shift, 0)) + k * jnp.sqrt(found.variance)
-    upper = jnp.maximum(bulk, rest + relative(thresholds.single))
+    upper = jnp.maximum(bulk, rest + jnp.exp(jnp.minimum(thresholds.single - mass.peak, LARGEST_LOG)))
     complete = found.number >= scored
     outside = jnp.maximum(rest - jnp.maximum(attended - own, 0), 0)
     return Certificate(

@@ -11,12 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from rabitq_jax.cache import LayerCache
-from rabitq_jax.certificate import Certificate, certify
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.noisy_bins import NoisyBins
 from rabitq_jax.noisy_scores import NoisyScores
 from rabitq_jax.selection import uses_mosaic
-from rabitq_jax.thresholds import Thresholds, extended_thresholds
 from rabitq_jax.top_p import Selection
 
 
@@ -35,17 +33,6 @@ class Verification:
     bound: jax.Array
     extended: jax.Array
     read: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Round:
-    """The result of attending to what thresholds keep: output, how many tokens, and what is known of them."""
-
-    out: jax.Array
-    counts: jax.Array
-    scored: jax.Array
-    certificate: Certificate
 
 
 def attend_certified(
@@ -69,43 +56,32 @@ def attend_certified(
     estimates = (NoisyBins if uses_mosaic(cache, config) else NoisyScores)(
         query, cache, config, softmax_scale, prng_key, layer
     )
-    scored = jnp.maximum(cache.quantized - config.sink, 0)[:, None, None]
-
-    def attend(indices, counts, thresholds: Thresholds, below) -> _Round:
-        with jax.named_scope("verified_attention"):
-            out, log_attended, log_own, found = estimates.attend(indices, counts, thresholds)
-        certificate = certify(found, below, log_attended, log_own, scored, estimates.mass, thresholds)
-        return _Round(out=out, counts=counts, scored=found.number.astype(jnp.int32), certificate=certificate)
-
-    def lower_thresholds(first: _Round) -> tuple[Thresholds, jax.Array]:
-        return extended_thresholds(
-            estimates.find_bulk, estimates.mass, *estimates.thresholds(), first.certificate, short, top_p=config.top_p
-        )
-
-    def pick(new, old):
-        """The second round's where a kv head had one."""
-        rows = jnp.any(short, axis=-1)
-        return jnp.where(rows.reshape(*rows.shape, *(1,) * (new.ndim - 2)), new, old)
-
-    def extend(first: _Round):
-        thresholds, below = lower_thresholds(first)
-        second = attend(*estimates.keep(thresholds, jnp.any(short, axis=-1)), thresholds, below)
-        return jax.tree.map(pick, second, first), first.counts + second.counts
-
     with jax.named_scope("find_thresholds"):
-        thresholds, below = estimates.thresholds()
+        limits = estimates.limits()
     with jax.named_scope("keep_by_thresholds"):
-        indices, counts = estimates.keep(thresholds)
-    first = last = attend(indices, counts, thresholds, below)
+        indices, counts = estimates.keep(limits)
+    with jax.named_scope("verified_attention"):
+        first = last = estimates.attend(indices, counts, limits)
     short, read = jnp.zeros(query.shape[:3], bool), counts
     if config.selection == "certified" and config.top_p < 1:
         short = first.certificate.bound < config.top_p
+
+        def pick(new, old):
+            """The second round's where a kv head had one."""
+            rows = jnp.any(short, axis=-1)
+            return jnp.where(rows.reshape(*rows.shape, *(1,) * (new.ndim - 2)), new, old)
+
+        def extend(first):
+            lower = estimates.lower(limits, first, short)
+            second = estimates.attend(*estimates.keep(lower, short), lower)
+            return jax.tree.map(pick, second, first), first.counts + second.counts
+
         with jax.named_scope("extend"):
             last, read = jax.lax.cond(jnp.any(short), extend, lambda first: (first, first.counts), first)
             # A branch copies what it passes on. So the list has one of its own, which is left out where nobody asks.
             indices = jax.lax.cond(
                 jnp.any(short),
-                lambda first: pick(estimates.keep(lower_thresholds(first)[0], jnp.any(short, axis=-1))[0], indices),
+                lambda first: pick(estimates.keep(estimates.lower(limits, first, short), short)[0], indices),
                 lambda first: indices,
                 first,
             )
@@ -114,8 +90,8 @@ def attend_certified(
     selection = Selection(
         indices=indices,
         counts=last.counts,
-        scored=last.scored,
-        mass=1 - below / jnp.where(estimates.mass.total == 0, 1.0, estimates.mass.total),
+        scored=last.number.astype(jnp.int32),
+        mass=estimates.claimed(limits),
     )
     return out, selection, Verification(verified=verified, bound=bound, extended=short, read=read)
 

@@ -1,18 +1,27 @@
 """What debiased and certified selection ask of estimates, answered from bins of scores; for Hopper GPUs.
 
-The same questions as in noisy_scores.py. Thresholds lie on the edges of bins; a token's score is known to its bin, the
-sums of weights below a bin's edge are exact. See pallas_kernels/mosaic_score_bins.py.
+The same questions as in noisy_scores.py. Thresholds lie on the edges of bins; a token's score is known to its bin, and
+so are the sums of weights below a threshold. See pallas_kernels/mosaic_score_bins.py.
+
+All that follows from the sums over found tokens is reckoned in the kernel that ends with them, with the functions of
+certificate.py and thresholds.py, a query head a program: outside of it, every few of these operations are a launch.
 """
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic_certified
 from pallas_kernels import verified_attention as attention_kernel
-from pallas_kernels.mosaic_certified_threshold import SPREAD, Rule
+from pallas_kernels.gathered_attention import by_row
+from pallas_kernels.mosaic_certified_threshold import LIMITS, SPREAD, Rule
 from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT
 from pallas_kernels.prepare_query import padded_heads
 from rabitq_jax.cache import LayerCache
+from rabitq_jax.certificate import Certificate, Round, certify
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.prepared_query import prepare_query
 from rabitq_jax.thresholds import (
@@ -22,18 +31,99 @@ from rabitq_jax.thresholds import (
     HeadMass,
     Thresholds,
     confidence,
+    extended_thresholds,
+    left_out,
     upper_bound,
 )
-from rabitq_jax.verified_attention import CONSTANTS, log_masses
+from rabitq_jax.verified_attention import CONSTANTS, masses
+
+NAMES = [field.name for field in dataclasses.fields(Certificate)]
+# Numbers before the limits of a second round: a certificate, how many tokens, and a zero.
+CONCLUDED = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limits:
+    """What the kernels say of a query head (`mosaic_certified_threshold.LIMITS`): float32 of one shape."""
+
+    noise: jax.Array
+    peak: jax.Array
+    base: jax.Array
+    kept: jax.Array
+    depth: jax.Array
+    below: jax.Array
+    total: jax.Array
+    mean_spread: jax.Array
+
+    @property
+    def mass(self) -> HeadMass:
+        # The mean of e^(sd^2 / 2), less half a bin, says what the typical deviation is.
+        typical = jnp.sqrt(jnp.maximum(2 * jnp.log(self.mean_spread) + 1 / BINS_PER_NAT, LEAST_DEVIATION**2))
+        return HeadMass(peak=self.peak, total=self.total, mean_deviation=typical)
+
+    def edge(self, kept):
+        """The threshold under which so many bins are kept."""
+        return jnp.where(kept == BINS, -jnp.inf, self.base - kept / BINS_PER_NAT)
+
+    def thresholds(self, deviations: float) -> Thresholds:
+        single = self.base - self.depth / BINS_PER_NAT
+        return Thresholds(bulk=self.edge(self.kept), single=single, deviations=deviations)
+
+    def at(self, thresholds: Thresholds, below) -> "_Limits":
+        """Those of other thresholds on the edges of bins."""
+        all_kept = thresholds.bulk == -jnp.inf
+        kept = jnp.floor((self.base - jnp.where(all_kept, 0.0, thresholds.bulk)) * BINS_PER_NAT + 0.5)
+        depth = jnp.minimum((self.base - thresholds.single) * BINS_PER_NAT, 1e6)
+        return dataclasses.replace(self, kept=jnp.where(all_kept, float(BINS), kept), depth=depth, below=below)
+
+
+def find_bulk(limits: _Limits, spreads, budget, level, deviations: float):
+    """`thresholds.find_bulk` of a query head, of whole bins, the best of which is always kept.
+
+    Args:
+      spreads: float32 [256], sums of e^(sd^2 / 2) over the tokens of the bins, from the worst one up, behind a zero.
+    """
+    # Each with the sum over the bins behind bin `number`.
+    number = BINS - 1 - jnp.arange(BINS)
+    at_edge = jnp.exp(limits.base - limits.peak - (number + 1) / BINS_PER_NAT)
+    weights = at_edge * spreads
+    first, second = (jnp.cumsum(x) for x in (weights, weights * at_edge * (SPREAD * limits.mean_spread)))
+    fits = upper_bound(first, second, level, deviations) <= budget
+    # A bin that is not dropped, for each that does not fit what is behind it.
+    last = jnp.minimum(jnp.sum(jnp.where(fits, 0.0, 1.0)), BINS - 1.0)
+    return limits.edge(last + 1), jnp.sum(jnp.where(number == last, first, 0.0))
+
+
+def conclude(
+    head, sums, quantized_ref, limits_ref, state_ref, *, sink: int, deviations: float, top_p: float | None
+):  # fmt: skip
+    """The fields of a head's `Certificate`, the number of its tokens, and the limits of a second round that p asks for.
+
+    Args:
+      head: number in its group.
+      sums: of `verified_attention`.
+      quantized_ref, limits_ref, state_ref: [], float32 [LIMITS], and the kv head's state.
+      top_p: None where there is no second round.
+    """
+    limits = _Limits(*(limits_ref[i] for i in range(LIMITS)))
+    attended, own, found = masses(sums)
+    thresholds, mass = limits.thresholds(deviations), limits.mass
+    scored = jnp.maximum(quantized_ref[...] - sink, 0).astype(jnp.float32)
+    known = certify(found, limits.below, attended, own, scored, mass, thresholds)
+    concluded = (*(getattr(known, name) for name in NAMES), found.number, jnp.float32(0))
+    if top_p is None:
+        return concluded
+    spreads = mosaic_certified.load_spreads(state_ref, head)
+    find = functools.partial(find_bulk, limits, spreads)
+    lower, below = extended_thresholds(find, mass, thresholds, limits.below, known, known.bound < top_p, top_p=top_p)
+    lowered = limits.at(lower, below)
+    return *concluded, *(getattr(lowered, field.name) for field in dataclasses.fields(lowered))
 
 
 class NoisyBins:
     """Bins of the scores of a decode step's queries [B,K,G,D], and attention by thresholds on them.
 
-    Arguments are those of `selection.choose_tokens`.
-
-    Attributes:
-      mass: HeadMass.
+    Arguments are those of `selection.choose_tokens`. Limits are float32 [B,K,H,LIMITS].
     """
 
     def __init__(self, query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, layer: int):
@@ -42,12 +132,14 @@ class NoisyBins:
         self._query, self._cache, self._config, self._softmax_scale = query, cache, config, softmax_scale
         batch, kv_heads, group = query.shape[:3]
         self._heads, self._scale = padded_heads(group), codes.scale
+        self._deviations = confidence(config.failure_rate)
         prepared = prepare_query(
             query, cache, config, softmax_scale=softmax_scale, prng_key=prng_key, layer=layer,
             zeros=mosaic_certified.zeros(batch, kv_heads, self._heads, cache.capacity), implementation="pallas",
         )  # fmt: skip
+        certified = config.selection == "certified"
         rule = Rule(
-            top_p=config.top_p, deviations=confidence(config.failure_rate), certified=config.selection == "certified",
+            left_out=left_out(config.top_p, certified=certified), deviations=self._deviations, certified=certified,
             shared=SHARED, least_single=LEAST_SINGLE,
         )  # fmt: skip
         self._bins, self._state, self._first = mosaic_certified.score_and_select(
@@ -57,71 +149,55 @@ class NoisyBins:
             group=group, sink=config.sink, rule=rule,
         )  # fmt: skip
 
-    def _column(self, i: int):
-        """A column of the real heads' limits. It is cut out where it is used: what a branch takes from outside of it is
-        an array of its own."""
-        return self._first[2][:, :, : self._query.shape[2], i]
+    def limits(self) -> jax.Array:
+        """Those that the rule of the configuration chooses."""
+        return self._first[2]
 
-    @property
-    def _base(self):
-        return self._column(2)
+    def claimed(self, limits) -> jax.Array:
+        """Share of the attention that the estimates say is kept: float32 [B,K,G]."""
+        # Columns are cut out where they are used: what a branch takes from outside of it is an array of its own.
+        below, total = (limits[:, :, : self._query.shape[2], i] for i in (5, 6))
+        return 1 - below / jnp.where(total == 0, 1.0, total)
 
-    @property
-    def mass(self) -> HeadMass:
-        # The mean of e^(sd^2 / 2), and of half a bin, says what the typical deviation is.
-        typical = jnp.sqrt(jnp.maximum(2 * jnp.log(self._column(7)) + 1 / BINS_PER_NAT, LEAST_DEVIATION**2))
-        return HeadMass(peak=self._column(1), total=self._column(6), mean_deviation=typical)
-
-    def thresholds(self) -> tuple[Thresholds, jax.Array]:
-        """Those that the rule of the configuration chooses, and C1 at them."""
-        single = self._base - self._column(4) / BINS_PER_NAT
-        if self._config.top_p == 1:
-            single = jnp.full_like(single, -jnp.inf)
-        deviations = confidence(self._config.failure_rate)
-        return Thresholds(bulk=self._edge(self._column(3)), single=single, deviations=deviations), self._column(5)
-
-    def _edge(self, kept):
-        """The threshold under which so many bins are kept."""
-        return jnp.where(kept == BINS, -jnp.inf, self._base - kept / BINS_PER_NAT)
-
-    def find_bulk(self, budget, level, deviations: float) -> tuple[jax.Array, jax.Array]:
-        """`thresholds.find_bulk`, of whole bins, the best of which is always kept."""
-        at_edge = jnp.exp(self._base - self.mass.peak)[..., None] * jnp.exp(-jnp.arange(BINS) / BINS_PER_NAT)
-        spreads = mosaic_certified.spreads(self._state, self._heads)[:, :, : self._query.shape[2]]
-        masses = at_edge * spreads
-        squares = masses * at_edge * (SPREAD * self._column(7)[..., None])
-        # Below one bin kept, below two, ..., below all.
-        first, second = (
-            jnp.pad(jnp.cumsum(x[..., :0:-1], axis=-1)[..., ::-1], [(0, 0)] * 3 + [(0, 1)]) for x in (masses, squares)
-        )
-        fits = upper_bound(first, second, level[..., None], deviations) <= budget[..., None]
-        dropped = jnp.minimum(jnp.sum(~fits, axis=-1), BINS - 1)
-        below = jnp.take_along_axis(first, dropped[..., None], axis=-1)[..., 0]
-        return self._edge(dropped + 1), below
-
-    def keep(self, thresholds: Thresholds, rows=None) -> tuple[jax.Array, jax.Array]:
-        """Indices and counts of the tokens that are kept; in kv heads bool [B,K] alone, if `rows` is not None."""
-        if rows is None:
+    def keep(self, limits, short=None) -> tuple[jax.Array, jax.Array]:
+        """Indices and counts of the tokens that are kept; in kv heads with a head that is short alone, if that is given
+        as bool [B,K,G]."""
+        if short is None:
             return self._first[:2]
         return mosaic_certified.select_again(
-            self._bins, self._limits(thresholds), rows, self._scale, self._cache.quantized, self._cache.length,
-            sink=self._config.sink, deviations=thresholds.deviations,
+            self._bins, limits, jnp.any(short, axis=-1), self._scale, self._cache.quantized, self._cache.length,
+            sink=self._config.sink, deviations=self._deviations,
         )  # fmt: skip
 
-    def _limits(self, thresholds: Thresholds):
-        """The kernels' form of thresholds: float32 [B,K,H,LIMITS]."""
-        finite = jnp.where(thresholds.bulk == -jnp.inf, 0.0, thresholds.bulk)
-        kept = jnp.where(thresholds.bulk == -jnp.inf, BINS, jnp.round((self._base - finite) * BINS_PER_NAT))
-        depth = jnp.minimum((self._base - thresholds.single) * BINS_PER_NAT, 1e6)
-        limits = jnp.stack([self._column(0), self.mass.peak, self._base, kept, depth, *[0 * kept] * 3], axis=-1)
-        return jnp.pad(limits, [(0, 0)] * 2 + [(0, self._heads - limits.shape[2]), (0, 0)])
-
-    def attend(self, indices, counts, thresholds: Thresholds):
-        """`verified_attention` over a list."""
-        limits = self._first[2] if indices is self._first[0] else self._limits(thresholds)
-        out, sums = attention_kernel.verified_attention(
+    def attend(self, indices, counts, limits) -> Round:
+        """`verified_attention` over a list, and what follows from it."""
+        config, kv_heads = self._config, self._query.shape[1]
+        extends = config.selection == "certified" and config.top_p < 1
+        of_head = lambda row, g, part: (row, g, 0)  # noqa: E731
+        known = (
+            (self._cache.quantized, pl.BlockSpec((None,), lambda row, g, part: (row // kv_heads,))),
+            (by_row(limits), pl.BlockSpec((None, None, LIMITS), of_head)),
+            (by_row(self._state), pl.BlockSpec((None, self._state.shape[-1]), lambda row, g, part: (row, 0))),
+        )
+        out, found = attention_kernel.verified_attention(
             self._query, self._cache.keys, self._cache.values, indices, counts, self._bins, self._scale,
             self._cache.quantized, limits, softmax_scale=self._softmax_scale,
-            sink=self._config.sink, deviations=thresholds.deviations, **CONSTANTS,
+            sink=config.sink, deviations=self._deviations, **CONSTANTS,
+            conclude=functools.partial(
+                conclude, sink=config.sink, deviations=self._deviations, top_p=config.top_p if extends else None
+            ),
+            known=known, numbers=CONCLUDED + LIMITS * extends,
         )  # fmt: skip
-        return out, *log_masses(sums, self.mass)
+        return Round(
+            out=out,
+            counts=counts,
+            number=found[..., len(NAMES)],
+            certificate=Certificate(**{name: found[..., i] for i, name in enumerate(NAMES)}),
+            lower=found[..., CONCLUDED:] if extends else None,
+        )
+
+    def lower(self, limits, first: Round, short) -> jax.Array:
+        """Limits of the second round."""
+        del short
+        assert first.lower is not None
+        return jnp.pad(first.lower, [(0, 0)] * 2 + [(0, limits.shape[2] - first.lower.shape[2]), (0, 0)])

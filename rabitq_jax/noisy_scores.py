@@ -1,9 +1,12 @@
 """What debiased and certified selection ask of estimates, answered from float32 scores."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from rabitq_jax.cache import LayerCache
+from rabitq_jax.certificate import Round, certify
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.error_model import noise_gain
 from rabitq_jax.scores import proxy_scores
@@ -14,6 +17,7 @@ from rabitq_jax.thresholds import (
     Thresholds,
     certified_thresholds,
     debiased_thresholds,
+    extended_thresholds,
     find_bulk,
     measure_masses,
 )
@@ -23,10 +27,7 @@ from rabitq_jax.verified_attention import verified_attention
 class NoisyScores:
     """Scores of a decode step's queries [B,K,G,D] and the size of their errors, and attention by thresholds on them.
 
-    Arguments are those of `selection.choose_tokens`.
-
-    Attributes:
-      mass: HeadMass.
+    Arguments are those of `selection.choose_tokens`. Limits are `Thresholds` and C1 at them.
     """
 
     def __init__(self, query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, layer: int):
@@ -44,31 +45,41 @@ class NoisyScores:
         self._noisy = NoisyLogits(
             scores=scores, noise=noise, scale=cache.codes.scale, quantized=cache.quantized, sink=config.sink
         )
-        self.mass = measure_masses(self._noisy, exact_lse)
+        self._mass = measure_masses(self._noisy, exact_lse)
 
-    def thresholds(self) -> tuple[Thresholds, jax.Array]:
-        """Those that the rule of the configuration chooses, and C1 at them."""
+    def limits(self) -> tuple[Thresholds, jax.Array]:
+        """Those that the rule of the configuration chooses."""
         config = self._config
         choose = debiased_thresholds if config.selection == "debiased" else certified_thresholds
         return choose(
-            self._noisy, self.mass,
+            self._noisy, self._mass,
             top_p=config.top_p, failure_rate=config.failure_rate, implementation=config.select,
         )  # fmt: skip
 
-    def find_bulk(self, budget, level, deviations: float) -> tuple[jax.Array, jax.Array]:
-        """`thresholds.find_bulk`."""
-        return find_bulk(self._noisy, self.mass, budget, level, deviations, implementation=self._config.select)
+    def claimed(self, limits) -> jax.Array:
+        """Share of the attention that the estimates say is kept: float32 [B,K,G]."""
+        return 1 - limits[1] / jnp.where(self._mass.total == 0, 1.0, self._mass.total)
 
-    def keep(self, thresholds: Thresholds, rows=None) -> tuple[jax.Array, jax.Array]:
-        """Indices and counts of the tokens that are kept; in kv heads bool [B,K] alone, if `rows` is not None."""
+    def keep(self, limits, short=None) -> tuple[jax.Array, jax.Array]:
+        """Indices and counts of the tokens that are kept; in kv heads with a head that is short alone, if that is given
+        as bool [B,K,G]."""
         indices, counts = keep_by_thresholds(
-            self._noisy, thresholds, self._cache.length, implementation=self._config.select
+            self._noisy, limits[0], self._cache.length, implementation=self._config.select
         )
-        return indices, counts if rows is None else jnp.where(rows, counts, 0)
+        return indices, counts if short is None else jnp.where(jnp.any(short, axis=-1), counts, 0)
 
-    def attend(self, indices, counts, thresholds: Thresholds):
-        """`verified_attention` over a list."""
-        return verified_attention(
-            self._query, self._cache.keys, self._cache.values, indices, counts, self._noisy, self.mass, thresholds,
+    def attend(self, indices, counts, limits) -> Round:
+        """`verified_attention` over a list, and what follows from it."""
+        thresholds, below = limits
+        out, attended, own, found = verified_attention(
+            self._query, self._cache.keys, self._cache.values, indices, counts, self._noisy, self._mass, thresholds,
             softmax_scale=self._softmax_scale, implementation=self._config.attend,
         )  # fmt: skip
+        scored = jnp.maximum(self._cache.quantized - self._config.sink, 0)[:, None, None]
+        certificate = certify(found, below, attended, own, scored, self._mass, thresholds)
+        return Round(out=out, counts=counts, number=found.number, certificate=certificate)
+
+    def lower(self, limits, first: Round, short) -> tuple[Thresholds, jax.Array]:
+        """Limits of the second round."""
+        find = functools.partial(find_bulk, self._noisy, self._mass, implementation=self._config.select)
+        return extended_thresholds(find, self._mass, *limits, first.certificate, short, top_p=self._config.top_p)

@@ -26,8 +26,9 @@ STEPS = 1024
 SHARED = 0.085
 # Least share of the mass to be left out that a single unseen token may hold.
 LEAST_SINGLE = 0.1
-# Share of the mass that may be left out which certified selection plans to leave out at first. Verification has noise of
-# its own: without something in hand, it sends one head in fifty into a second round, which costs more than the tokens.
+# Certified selection plans to leave out this share of the mass that it may. Verification has noise of its own: with
+# nothing in hand, one head in fifty goes into a second round, which costs more than the tokens, and as often as not is
+# still not shown to hold p after it.
 PLANNED = 0.7
 # Deviations below this are bfloat16's rounding, not the code's: a key at its block's centroid has scale 0.
 LEAST_DEVIATION = 0.01
@@ -279,7 +280,7 @@ def extended_thresholds(
       short: bool [B,K,G]; the other heads' thresholds stay.
     """
     k = first.deviations
-    budget = (1 - top_p) / top_p * known.attended
+    budget = PLANNED * (1 - top_p) / top_p * known.attended
     others = jnp.maximum(known.attended - known.own, 0)
     before = jnp.maximum(below, 1e-30)
     bulk, new = find(budget + others, known.bulk / before, k)

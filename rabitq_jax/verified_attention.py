@@ -56,7 +56,8 @@ def verified_attention_reference(
         0, tiles.count, attend_tile, (tiles.start(), zero, nothing)
     )
     out = jnp.where(counts[..., None, None] == 0, 0.0, out / total[..., None])
-    return out, peak_found + jnp.log(total), peak_found + jnp.log(own), found
+    relative = lambda x: jnp.exp(jnp.minimum(peak_found + jnp.log(x) - mass.peak, LARGEST_LOG))  # noqa: E731
+    return out, relative(total), relative(own), found
 
 
 def _verified_attention_pallas(
@@ -68,18 +69,17 @@ def _verified_attention_pallas(
         query, keys, values, indices, counts, noisy.scores, noisy.scale, noisy.quantized, limits,
         softmax_scale=softmax_scale, sink=noisy.sink, deviations=thresholds.deviations, **CONSTANTS,
     )  # fmt: skip
-    return out, *log_masses(sums, mass)
+    return out, *masses(tuple(sums[..., i] for i in range(kernel.KINDS)))
 
 
 CONSTANTS = {"least_deviation": LEAST_DEVIATION, "far": FAR, "largest_log": LARGEST_LOG}
 
 
-def log_masses(sums, mass: HeadMass):
-    """From the kernel's sums: the logarithms of the mass attended and of the head's own, and `Found`."""
-    attended, own, *found = (sums[..., i] for i in range(kernel.KINDS))
+def masses(sums):
+    """From the kernel's sums: the mass attended, the head's own, and `Found`."""
+    attended, own, *found = sums
     names = [field.name for field in dataclasses.fields(Found)]
-    found = Found(**dict(zip(names, found, strict=True)))
-    return mass.peak + jnp.log(attended), mass.peak + jnp.log(own), found
+    return attended, own, Found(**dict(zip(names, found, strict=True)))
 
 
 IMPLEMENTATIONS = {"xla": verified_attention_reference, "pallas": _verified_attention_pallas}
@@ -106,8 +106,8 @@ def verified_attention(
       implementation: "xla", "pallas" or None.
 
     Returns:
-      The output, float32 [B,K,G,D]; the logarithms of the mass attended, and of the mass of each query head's own
-      tokens, float32 [B,K,G]; and the sums over these. Where the list is empty the output is zero, and the rest means
+      The output, float32 [B,K,G,D]; the mass attended, and the mass of each query head's own tokens, float32 [B,K,G],
+      in units of e^peak; and the sums over these. Where the list is empty the output is zero, and the rest means
       nothing.
     """
     attend = select(IMPLEMENTATIONS, implementation, gpu="pallas")

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import norm
 
 from benchmarks.exact import attended
-from rabitq_jax import RaBitQConfig, attention, certified_attention, noisy_scores, thresholds
+from rabitq_jax import RaBitQConfig, attention, noisy_scores, thresholds
 from rabitq_jax.cache import init_layer_cache
 from rabitq_jax.certificate import Certificate, found_terms
 from rabitq_jax.gathered_attention import gathered_attention
@@ -200,7 +200,7 @@ def test_verified_attention_is_attention_and_sums_over_own_tokens():
     bulk = jnp.asarray(rng.uniform(0, 4, size=(1, 2, 3)), jnp.float32)
     limits = thresholds.Thresholds(bulk=bulk, single=bulk + 1.5, deviations=1.0)
     lists = indices, counts = keep_by_thresholds(noisy, limits, jnp.array([400]))
-    out, log_attended, log_own, found = verified_attention(
+    out, attended, own_mass, found = verified_attention(
         query, keys, values, *lists, noisy, mass, limits, softmax_scale=0.5
     )
     want = gathered_attention(query, keys, values, *lists, softmax_scale=0.5, implementation="xla")
@@ -215,8 +215,9 @@ def test_verified_attention_is_attention_and_sums_over_own_tokens():
         union = np.asarray(indices[0, k, : counts[0, k]])
         foreign += len(union) - np.sum(own | exact)
         weights = np.exp(s[k, g])
-        np.testing.assert_allclose(log_attended[0, k, g], np.log(weights[union].sum()), atol=1e-5)
-        np.testing.assert_allclose(log_own[0, k, g], np.log(weights[own | exact].sum()), atol=1e-5)
+        unit = np.exp(float(mass.peak[0, k, g]))
+        np.testing.assert_allclose(attended[0, k, g], weights[union].sum() / unit, rtol=1e-5)
+        np.testing.assert_allclose(own_mass[0, k, g], weights[own | exact].sum() / unit, rtol=1e-5)
         tau = ((t - s[k, g]) / sd[k, g])[own]
         h0, h1, h2 = (norm.cdf(tau - j * sd[k, g][own]) / norm.cdf(-tau) for j in range(3))
         e, peak = weights[own], float(mass.peak[0, k, g])
@@ -353,9 +354,7 @@ def test_extension_is_for_heads_that_are_short(monkeypatch):
     row = 2 * 64 * 4
     read_once = float(before.bytes_read[0]) - row * float(before.kept.sum())
     assert float(stats.bytes_read[0]) - read_once > row * float(stats.kept.sum())
-    monkeypatch.setattr(
-        certified_attention, "extended_thresholds", lambda find, mass, first, below, *_, **__: (first, below)
-    )
+    monkeypatch.setattr(noisy_scores, "extended_thresholds", lambda find, mass, first, below, *_, **__: (first, below))
     first_round, still = attend(config, cache, query)
     assert first_round.counts[0, 0] < selection.counts[0, 0]
     # What is short after all rounds is said.

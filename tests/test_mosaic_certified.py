@@ -13,15 +13,17 @@ from benchmarks.shapes import Shape
 from pallas_kernels import mosaic_certified, mosaic_compact
 from pallas_kernels import verified_attention as attention_kernel
 from pallas_kernels.mosaic_certified_threshold import SPREAD
-from pallas_kernels.mosaic_score_bins import LARGEST_DEVIATION
+from pallas_kernels.mosaic_score_bins import BINS, LARGEST_DEVIATION, MASS_UNIT
 from rabitq_jax import RaBitQConfig, attention, selection
+from rabitq_jax import thresholds as thresholds_module
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.cache import init_layer_cache
-from rabitq_jax.noisy_bins import NoisyBins
+from rabitq_jax.certificate import certify
+from rabitq_jax.noisy_bins import NAMES, NoisyBins, _Limits, find_bulk
 from rabitq_jax.noisy_scores import NoisyScores
 from rabitq_jax.scores import proxy_scores_reference
-from rabitq_jax.thresholds import LEAST_SINGLE, SHARED, confidence, left_out
-from rabitq_jax.verified_attention import CONSTANTS
+from rabitq_jax.thresholds import LEAST_SINGLE, SHARED, confidence, extended_thresholds, left_out
+from rabitq_jax.verified_attention import CONSTANTS, masses
 from tests.test_lowering import kernel_text
 from tests.test_mosaic_kernels import FIRST, emulate, inputs, padded, prepared, ranges, zeros
 
@@ -31,7 +33,10 @@ K = confidence(1e-3)
 
 def rule_of(top_p, certified):
     return mosaic_certified.Rule(
-        left_out=left_out(top_p, certified=certified), deviations=K, certified=certified, shared=SHARED,
+        left_out=left_out(top_p, certified=certified),
+        deviations=K,
+        certified=certified,
+        shared=SHARED,
         least_single=LEAST_SINGLE,
     )
 
@@ -40,6 +45,13 @@ def noise_of(shape, largest):
     """Deviations up to 2 `largest`, since scales go up to 2."""
     size = (shape.batch, shape.kv_heads, shape.group)
     return jnp.asarray(np.random.default_rng(1).uniform(0.3, largest, size), jnp.float32)
+
+
+def spreads_of(state, heads):
+    """Sums of e^(sd^2 / 2) over the tokens of each bin, less for those below its upper edge: float32 [B,K,H,256]."""
+    words = state[..., : heads * 2 * BINS].reshape(*state.shape[:2], heads, BINS, 2)
+    low, high = (jax.lax.bitcast_convert_type(words[..., i], jnp.uint32).astype(jnp.float32) for i in range(2))
+    return (low + 2.0**32 * high) * MASS_UNIT
 
 
 def select(shape, arguments, noise, base, exact_lse, quantized, length, rule):
@@ -66,7 +78,7 @@ def check_selection(shape, *, certified, top_p=0.9, offset=1.03, largest=1.0, bi
     run = jit(lambda a, *rest: select(shape, (*a[:5], bias_gain, a[5]), *rest, rule))
     results = run((*arguments[:5], arguments[6]), noise, base, exact_lse, quantized, length)
     bins, state, (indices, counts, limits) = results
-    spreads = np.asarray(mosaic_certified.spreads(state, padded(noise).shape[2]), np.float64)
+    spreads = np.asarray(spreads_of(state, padded(noise).shape[2]), np.float64)
     bytes_ = np.asarray(bins).view(np.uint8)
     scales, limits = np.asarray(arguments[3], np.float64), np.asarray(limits, np.float64)
     del gain
@@ -380,6 +392,28 @@ def test_tokens_of_large_deviation_say_nothing_of_others(monkeypatch):
     np.testing.assert_allclose(np.asarray(stats.verified).ravel(), captured, atol=0.05)
 
 
+def limits_and_search(bins: NoisyBins):
+    """A step's limits of the real heads, and `find_bulk` of them all."""
+    group = bins._query.shape[2]
+    limits = _Limits(*jnp.moveaxis(bins.limits()[:, :, :group], -1, 0))
+    spreads = spreads_of(bins._state, bins._heads)[:, :, :group]
+    # From the worst bin up, behind a zero.
+    spreads = jnp.pad(spreads[..., :0:-1], [(0, 0)] * 3 + [(1, 0)])
+
+    def of_head(limits, *rest):
+        return find_bulk(_Limits(*limits), *rest, deviations=deviations)
+
+    def search(budget, level, k):
+        nonlocal deviations
+        deviations = k
+        return jnp.vectorize(lambda *x: of_head(x[:8], *x[8:]), signature="(),(),(),(),(),(),(),(),(n),(),()->(),()")(
+            *dataclasses.astuple(limits), spreads, budget, level
+        )
+
+    deviations = 0.0
+    return limits, search
+
+
 def test_bins_answer_as_scores_do_in_an_emulator(monkeypatch):
     """Masses, deviations and thresholds of budgets; and the search of a second round finds what the first one found."""
     config = RaBitQConfig(top_p=0.9, selection="certified", interval=64, sink=4)
@@ -387,24 +421,62 @@ def test_bins_answer_as_scores_do_in_an_emulator(monkeypatch):
     arguments = query, cache, config, 128**-0.5, jax.random.key(0), 0
     emulate(monkeypatch)
     bins, scores = NoisyBins(*arguments), NoisyScores(*arguments)
+    limits, search = limits_and_search(bins)
+    mass, want_mass = limits.mass, scores._mass
     total = lambda mass: np.asarray(mass.peak + jnp.log(mass.total))  # noqa: E731
-    np.testing.assert_allclose(total(bins.mass), total(scores.mass), atol=5e-3)
-    np.testing.assert_allclose(bins.mass.mean_deviation, scores.mass.mean_deviation, rtol=0.1)
+    np.testing.assert_allclose(total(mass), total(want_mass), atol=2e-2)
+    np.testing.assert_allclose(mass.mean_deviation, want_mass.mean_deviation, rtol=0.1)
 
-    thresholds, below = bins.thresholds()
-    budget = (1 - config.top_p) * bins.mass.total
-    bulk, again = bins.find_bulk(budget, 0 * budget, thresholds.deviations)
+    thresholds = limits.thresholds(K)
+    budget = left_out(config.top_p, certified=True) * mass.total
+    bulk, again = search(budget, 0 * budget, K)
     np.testing.assert_array_equal(bulk, thresholds.bulk)
-    np.testing.assert_allclose(again, below, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(again, limits.below, rtol=1e-4, atol=1e-6)
 
     for share, level in ((0.02, 0.0), (0.1, 2.0)):
-        found = [x.find_bulk(share * x.mass.total, jnp.full_like(below, level), 0.0) for x in (bins, scores)]
-        (edge, low), (want, want_low) = found
+        levels = jnp.full_like(budget, level)
+        edge, low = search(share * mass.total, levels, 0.0)
+        want, want_low = thresholds_module.find_bulk(scores._noisy, want_mass, share * want_mass.total, levels, 0.0)
         # Two grids of 1/8 nat.
         np.testing.assert_allclose(edge, want, atol=0.26)
-        unit = jnp.exp(bins.mass.peak - scores.mass.peak)
-        np.testing.assert_allclose(low * unit, want_low, rtol=0.3)
-        assert np.all(max(level, 1) * low <= share * bins.mass.total * (1 + 1e-5))
+        np.testing.assert_allclose(low * jnp.exp(mass.peak - want_mass.peak), want_low, rtol=0.3)
+        assert np.all(max(level, 1) * low <= share * mass.total * (1 + 1e-5))
+
+
+@pytest.mark.parametrize("is_short", [False, True])
+def test_what_follows_from_sums_in_an_emulator(is_short, monkeypatch):
+    """The kernel's certificates, and limits of a second round, are those of certificate.py and thresholds.py."""
+    config = RaBitQConfig(top_p=0.9, selection="certified", interval=64, sink=4)
+    query, cache = case(Shape(1, 2, 3, 1024, 128), config, size=0.7)
+    emulate(monkeypatch)
+    bins = NoisyBins(query, cache, config, 128**-0.5, jax.random.key(0), 0)
+    # What a lower p keeps is not enough.
+    chosen = bins
+    if is_short:
+        chosen = NoisyBins(query, cache, dataclasses.replace(config, top_p=0.5), 128**-0.5, jax.random.key(0), 0)
+    first, lists = chosen.limits(), chosen.keep(chosen.limits())
+    found = bins.attend(*lists, first)
+    _, sums = attention_kernel.verified_attention(
+        query, cache.keys, cache.values, *lists, bins._bins, bins._scale, cache.quantized, first,
+        softmax_scale=128**-0.5, sink=config.sink, deviations=K, **CONSTANTS,
+    )  # fmt: skip
+    _, search = limits_and_search(bins)
+    limits = _Limits(*jnp.moveaxis(first[:, :, :3], -1, 0))
+    attended, own, terms = masses(tuple(jnp.moveaxis(sums, -1, 0)))
+    thresholds, scored = limits.thresholds(K), cache.quantized - config.sink
+    want = certify(terms, limits.below, attended, own, scored, limits.mass, thresholds)
+    for name in NAMES:
+        np.testing.assert_allclose(getattr(found.certificate, name), getattr(want, name), rtol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(found.number, terms.number)
+    short = want.bound < config.top_p
+    assert bool(jnp.all(short)) == bool(jnp.any(short)) == is_short
+    lower, below = extended_thresholds(search, limits.mass, thresholds, limits.below, want, short, top_p=config.top_p)
+    got = _Limits(*jnp.moveaxis(found.lower, -1, 0))
+    np.testing.assert_allclose(got.thresholds(K).bulk, lower.bulk, rtol=1e-5)
+    np.testing.assert_allclose(got.thresholds(K).single, lower.single, rtol=1e-5)
+    np.testing.assert_allclose(got.below, below, rtol=1e-4)
+    is_lower = (got.kept > limits.kept) | (got.depth > limits.depth)
+    np.testing.assert_array_equal(is_lower, short)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11")
@@ -419,13 +491,28 @@ def test_kernels_lower(certified, monkeypatch):
         bins, state, (indices, counts, limits) = select(
             shape, (*front, arguments[5], shift), noise, heads, heads, quantized, length, rule_of(0.9, certified)
         )
-        rows = counts > 3
-        scale = front[3]
+        rows, scale = counts > 3, front[3]
         again = mosaic_certified.select_again(bins, limits, rows, scale, quantized, length, sink=FIRST, deviations=K)
         return indices, again, state
 
     text = kernel_text(monkeypatch, run, arguments[:5], arguments[6], noise, heads)
     assert "score_bins" in text and "compact" in text
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11")
+def test_a_step_lowers(monkeypatch):
+    config = RaBitQConfig(selection="certified", select="mosaic", attend="pallas")
+    shape = Shape(2, 2, 5, 1024, 64)
+    cache = jax.eval_shape(lambda: init_layer_cache(shape.batch, shape.tokens, shape.kv_heads, shape.head_dim, config))
+    query = jax.ShapeDtypeStruct((shape.batch, shape.kv_heads, shape.group, shape.head_dim), jnp.bfloat16)
+    monkeypatch.setattr(selection, "on_hopper", lambda: True)
+
+    def step(query, cache):
+        out, _, stats = attend(query, cache, config)
+        return out, stats
+
+    text = kernel_text(monkeypatch, step, query, cache)
+    assert all(kernel in text for kernel in ("score_bins", "compact", "found_tokens", "combine_parts"))
 
 
 @pytest.mark.gpu
