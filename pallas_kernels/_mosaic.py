@@ -361,6 +361,11 @@ def maximum(a, b) -> ir.Value:
     return ptx("max.f32 $0, $1, $2;", [a, b], "f")[0]
 
 
+def maximum_or_nan(a, b) -> ir.Value:
+    """The larger f32; NaN if one is."""
+    return ptx("max.NaN.f32 $0, $1, $2;", [a, b], "f")[0]
+
+
 def when(condition, body) -> None:
     """Run `body` where the condition holds."""
     branch = scf.IfOp(condition)
@@ -369,10 +374,10 @@ def when(condition, body) -> None:
         scf.yield_([])
 
 
-def update(condition, carried, body) -> list[ir.Value]:
-    """body(carried) where the condition holds, and carried elsewhere; carried is a list."""
+def update(condition, carried, body, otherwise=list) -> list[ir.Value]:
+    """body(carried) where the condition holds, otherwise(carried) elsewhere, which is carried itself; it is a list."""
     branch = scf.IfOp(condition, [x.type for x in carried], has_else=True)
-    for block, run in ((branch.then_block, body), (branch.else_block, list)):
+    for block, run in ((branch.then_block, body), (branch.else_block, otherwise)):
         assert block is not None
         with ir.InsertionPoint(block):
             scf.yield_(run(carried))

@@ -69,10 +69,10 @@ class _Split:
         return jnp.sum(jnp.where(self.row == row, numbers, 0))
 
 
-def for_each_list(counts_ref, ends_ref, work: "Work", body):
+def for_each_list(counts_ref, work: "Work", body, ends_ref=None):
     """Run `body(head, place, count, first, stop)` for the lists of this program: the place of its part, the list's
     tokens, and the tiles of the list that are this program's. The places of a list's first and last parts go to
-    `ends_ref` [R,2]."""
+    `ends_ref` [R,2], if there is one."""
     split = _Split.of(counts_ref, work.tile, work.programs)
     program = pl.program_id(0)
     start, stop = split.start(program), split.start(program + 1)
@@ -81,13 +81,15 @@ def for_each_list(counts_ref, ends_ref, work: "Work", body):
         begin, end = split.tiles_of(head)
         place = program + head
 
-        @pl.when(start <= begin)
-        def _():
-            ends_ref[head, 0] = place
+        if ends_ref is not None:
 
-        @pl.when(stop >= end)
-        def _():
-            ends_ref[head, 1] = place
+            @pl.when(start <= begin)
+            def _():
+                ends_ref[head, 0] = place
+
+            @pl.when(stop >= end)
+            def _():
+                ends_ref[head, 1] = place
 
         body(head, place, split.count(head), jnp.maximum(start, begin) - begin, jnp.minimum(stop, end) - begin)
 
@@ -142,7 +144,7 @@ def _attend_kernel(
             first, stop, attend_tile, state
         )
 
-    for_each_list(counts_ref, ends_ref, work, attend_list)
+    for_each_list(counts_ref, work, attend_list, ends_ref)
 
 
 def _combine_kernel(count_ref, ends_ref, peak_ref, total_ref, partial_ref, out_ref, *, work):

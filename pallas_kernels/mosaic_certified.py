@@ -8,12 +8,14 @@ and once more, by limits that are given, for heads whose share was verified to b
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas, mosaic_compact, mosaic_score_bins
+from pallas_kernels.gathered_attention import by_row
 from pallas_kernels.mosaic_certified_threshold import LIMITS, Rule
 from pallas_kernels.mosaic_top_p import zeros
 
-__all__ = ["LIMITS", "Rule", "load_spreads", "score_and_select", "select_again", "zeros"]
+__all__ = ["LIMITS", "Rule", "find_again", "load_spreads", "score_and_select", "select_again", "zeros"]
 
 
 def score_and_select(
@@ -44,13 +46,46 @@ def score_and_select(
     return bins, jax.freeze(state), chosen
 
 
-def select_again(bins, limits, rows, scale, quantized, length, *, sink: int, deviations: float):
-    """Indices int32 [B,K,T] and counts int32 [B,K] of the tokens that limits keep, in the kv heads bool [B,K] alone."""
-    batch, kv_heads, heads = limits.shape[:3]
-    state = jax.new_ref(jnp.zeros((batch, kv_heads, zeros(batch, kv_heads, heads, scale.shape[2])), jnp.int32))
+def select_again(bins, limits, summary, scale, quantized, length, *, sink: int, deviations: float, top_p: float):
+    """Indices int32 [B,K,T] and counts int32 [B,K] of the tokens that limits keep, in kv heads where a bound in the
+    summary of a `rabitq_jax.certificate.Round` is below p."""
+    state = jax.new_ref(jnp.zeros((*limits.shape[:2], mosaic_compact.given_state_words(scale.shape[2])), jnp.int32))
     return mosaic_compact.compact_given(
-        bins, limits, rows.astype(jnp.int32), scale, state, quantized, length, sink=sink, deviations=deviations
+        bins, limits, summary, scale, state, quantized, length, sink=sink, deviations=deviations, top_p=top_p
     )
+
+
+def find_again(find, summary, limits, state):
+    """Other limits of each query head, found by a portable kernel.
+
+    Args:
+      find: function of a query head's number in its group, and references to its part of the other arguments, to
+        `LIMITS` numbers.
+      summary: float32 [B,K,G,J]; limits: float32 [B,K,H,LIMITS]; state: int32 [B,K,Z].
+
+    Returns:
+      float32 [B,K,H,LIMITS], undefined in heads that are not real.
+    """
+
+    def kernel(summary_ref, limits_ref, state_ref, out_ref):
+        for i, number in enumerate(find(pl.program_id(1), summary_ref, limits_ref, state_ref)):
+            out_ref[i] = number
+
+    of_head = lambda row, head: (row, head, 0)  # noqa: E731
+    rows = [by_row(x) for x in (summary, limits, state)]
+    out = _pallas.call(
+        kernel,
+        name="lower_limits",
+        grid=(rows[0].shape[0], summary.shape[2]),
+        in_specs=[
+            pl.BlockSpec((None, None, summary.shape[-1]), of_head),
+            pl.BlockSpec((None, None, LIMITS), of_head),
+            pl.BlockSpec((None, state.shape[-1]), lambda row, head: (row, 0)),
+        ],
+        out_specs=pl.BlockSpec((None, None, LIMITS), of_head),
+        out_shape=jax.ShapeDtypeStruct(rows[1].shape, jnp.float32),
+    )(*rows)
+    return out.reshape(limits.shape)
 
 
 def load_spreads(state_ref, head):

@@ -124,5 +124,5 @@ def words(limits, deviations: float, largest_scale):
 
 
 def bins_of(depth, gain, scale):
-    """The last bin that a token is kept in for its deviation, i32; the same as `verified_attention.kept_bins`."""
+    """The last bin that a token is kept in for its deviation, i32; for a scale >= 0."""
     return m.to_integer(m.maximum(m.minimum(m.fma(gain, scale, depth), BINS - 1.0), 0.0))

@@ -21,16 +21,18 @@ import jax.numpy as jnp
 from pallas_kernels import _mosaic as m
 from pallas_kernels import mosaic_certified_threshold as certified
 from pallas_kernels import mosaic_top_p_threshold as t
-from pallas_kernels.mosaic_score_bins import BINS, State
+from pallas_kernels.mosaic_score_bins import BINS, State, state_words
 
 LANE_TOKENS = 16
 PASS_TOKENS = LANE_TOKENS * m.WARPGROUP
 # Passes of a block: so many that the blocks are on the device all at once, and still fill it.
 BLOCKS, LARGEST_PASSES = 640, 6
 LIMITS = certified.LIMITS
+# Where the bound is among the numbers of a `rabitq_jax.certificate.Round`.
+BOUND = 5
 
 
-def passes(rows: int, tokens: int) -> int:
+def passes_of(rows: int, tokens: int) -> int:
     """Passes of `PASS_TOKENS` tokens that a block makes."""
     wanted = rows * tokens // (PASS_TOKENS * BLOCKS)
     return max(1, min(wanted, LARGEST_PASSES))
@@ -38,7 +40,7 @@ def passes(rows: int, tokens: int) -> int:
 
 def blocks(rows: int, tokens: int) -> int:
     """Blocks of a row."""
-    return -(-tokens // (PASS_TOKENS * passes(rows, tokens)))
+    return -(-tokens // (PASS_TOKENS * passes_of(rows, tokens)))
 
 
 def compact(bins, base, exact_lse, state, quantized, length, *, sink: int, top_p: float):
@@ -75,28 +77,37 @@ def compact_noisy(bins, base, exact_lse, noise, scale, state, quantized, length,
     return _call(_Weights(rule=rule), inputs, bins, base.shape[2], state, quantized, length, reports, sink=sink)
 
 
-def compact_given(bins, limits, rows, scale, state, quantized, length, *, sink: int, deviations: float):
+def compact_given(
+    bins, limits, summary, scale, state, quantized, length, *, sink: int, deviations: float, top_p: float
+):
     """The tokens that limits keep.
 
     Args:
       limits: float32 [B,K,H,LIMITS].
-      rows: int32 [B,K], 0 for kv heads whose list is to be empty.
-      state: a reference, int32 [B,K,Z] of zeros.
+      summary: float32 [B,K,G,J], of `rabitq_jax.certificate.Round`: kv heads with no bound below top_p get an empty list.
+      state: a reference, int32 [B,K,Z] of zeros, Z of `given_state_words`.
       Others: as of `compact_noisy`.
 
     Returns:
       indices and counts, as `compact`.
     """
-    rule = _Given(deviations=float(deviations))
-    return _call(rule, (limits, rows, scale), bins, limits.shape[2], state, quantized, length, (), sink=sink)
+    rule = _Given(deviations=float(deviations), top_p=float(top_p), group=summary.shape[2], numbers=summary.shape[3])
+    inputs = limits, summary, scale
+    return _call(rule, inputs, bins, limits.shape[2], state, quantized, length, (), sink=sink, passes=1)
 
 
-def _call(rule, inputs, bins, heads: int, state, quantized, length, reports, *, sink: int):
+def given_state_words(tokens: int) -> int:
+    """Words of a kv head's state for `compact_given`."""
+    return state_words(0, -(-tokens // PASS_TOKENS))
+
+
+def _call(rule, inputs, bins, heads: int, state, quantized, length, reports, *, sink: int, passes: int | None = None):
     batch, kv_heads, group, quarter = bins.shape
     rows, tokens = batch * kv_heads, 4 * quarter
+    passes = passes or passes_of(rows, tokens)
     sizes = _Sizes(
-        kv_heads=kv_heads, group=group, heads=heads, tokens=tokens, passes=passes(rows, tokens),
-        blocks=blocks(rows, tokens), state_words=state.shape[-1], sink=sink, rule=rule,
+        kv_heads=kv_heads, group=group, heads=heads, tokens=tokens, passes=passes,
+        blocks=-(-tokens // (PASS_TOKENS * passes)), state_words=state.shape[-1], sink=sink, rule=rule,
     )  # fmt: skip
     return m.call(
         functools.partial(_kernel, sizes),
@@ -146,7 +157,7 @@ def _kernel(sizes: _Sizes, bins, *refs):
     sequence = m.divide(row, sizes.kv_heads)
     quantized, length = (m.load(m.address(x, sequence))[0] for x in (quantized, length))
     length = sizes.rule.length(inputs, row, length)
-    state = State(state, row, sizes.heads, sizes.state_words)
+    state = State(state, row, sizes.heads if sizes.rule.COUNTED else 0, sizes.state_words)
     shared = m.shared_address(shared)
 
     def run():
@@ -202,11 +213,12 @@ def _load_floats(arrays, place):
 
 
 class _Rule:
-    """What a head keeps. `INPUTS` arrays say it, beside the bins; in shared memory it is `WORDS` words, the first being
-    how many bins are kept."""
+    """What a head keeps. `INPUTS` arrays say it, beside the bins and, if `COUNTED`, the state; in shared memory it is
+    `WORDS` words, the first being how many bins are kept."""
 
     INPUTS: int
     WORDS: int
+    COUNTED = True
 
     def length(self, inputs, row, length):
         """Tokens of the row that may be listed, of those of its sequence."""
@@ -310,13 +322,19 @@ class _Weights(_ByDeviation):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Given(_ByDeviation):
-    """Bins that limits say."""
+    """Bins that limits say, in kv heads where a bound is below p."""
 
     deviations: float
-    INPUTS = 3
+    top_p: float
+    group: int
+    numbers: int
+    INPUTS, COUNTED = 3, False
 
     def length(self, inputs, row, length):
-        return m.select(m.less(m.load(m.address(inputs[1], row))[0], 1), 0, length)
+        at = m.address(inputs[1], m.multiply(row, self.group * self.numbers))
+        bounds = [m.as_float(m.load(at, offset=4 * (self.numbers * head + BOUND))[0]) for head in range(self.group)]
+        short = functools.reduce(m.either, [m.less_float(bound, self.top_p) for bound in bounds])
+        return m.select(short, length, 0)
 
     def find(self, inputs, place, head, lane, scored, state: State):
         at = m.address(inputs[0], m.multiply(place, LIMITS))

@@ -1,16 +1,14 @@
 """Gathered attention, and what its exact logits say of the tokens outside the lists.
 
     attend    as in gathered_attention.py; it hands out the logits of the listed tokens
-    found     program, of one warp: tiles of lists, as numbers [query heads, tokens] -> sums of the terms below
+    found     program: the same tiles of lists, as numbers [query heads, tokens] -> sums of the terms below; for bins of
+              scores it is another kernel, mosaic_found.py
     finish    program (kv head, query head, columns): the parts of a head; and one more a query head: the parts of its
               sums, and what follows from them
 
-Sums are not made where logits are: there a head is one row of 16, most of which are padding. They are few numbers a
-token behind many instructions, so that it takes many small programs to keep the device busy.
-
-A token's estimate comes as a float32 score, or as the byte of `mosaic_score_bins`: its place in the bin is then taken
-to be the middle, and a threshold is a bin's edge. The equations are those of rabitq_jax/certificate.py; the normal
-distribution is Numerical Recipes' Chebyshev fit of erfc (relative error below 1.2e-7), since Triton has no erfc.
+Sums are not made where logits are: there a head is one row of 16, most of which are padding. The equations are those of
+rabitq_jax/certificate.py; the normal distribution is Numerical Recipes' Chebyshev fit of erfc (relative error below
+1.2e-7), since Triton has no erfc.
 """
 
 import dataclasses
@@ -34,13 +32,9 @@ from pallas_kernels.gathered_attention import (
     parts_of,
     whole,
 )
-from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT, LARGEST_DEVIATION
+from pallas_kernels.mosaic_found import KINDS, found_sums
+from pallas_kernels.mosaic_score_bins import HEADS
 
-# Sums over the list's tokens that a query head found itself, but for the first two; see `verified_attention`.
-KINDS = 8
-TILE, PROGRAMS, WARPS = 64, 2048, 1
-# Below LARGEST_DEVIATION by more than rounding.
-SURE_DEVIATION = LARGEST_DEVIATION * (1 - 1e-5)
 ERFC = (
     -1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398, 1.48851587, -0.82215223,
     0.17087277,
@@ -70,14 +64,14 @@ class _Constants:
 
 
 def _found_kernel(
-    counts_ref, indices_ref, logits_ref, quantized_ref, limits_ref, scale_ref, estimates_ref, ends_ref, sums_ref,
+    counts_ref, indices_ref, logits_ref, quantized_ref, limits_ref, scale_ref, scores_ref, sums_ref,
     *, work: Work, constants: _Constants,
 ):  # fmt: skip
-    """counts [R], indices [R,S], logits [R,G,S], quantized [B], limits [R,H,J], scale [R,T], estimates [R,G,T] of
-    scores or [R,G,T/4] of bins -> places of the lists' first and last parts [R,2], sums [N,KINDS,H] of the parts."""
+    """counts [R], indices [R,S], logits [R,G,S], quantized [B], limits [R,G,4], scale [R,T], scores [R,G,T] -> sums
+    [N,KINDS,H] of the parts."""
 
     def sum_list(head, place, count, first, stop):
-        found = _Found(constants, head, quantized_ref, limits_ref, scale_ref, estimates_ref)
+        found = _Found(constants, head, quantized_ref, limits_ref, scale_ref, scores_ref)
 
         def sum_tile(i, sums):
             slot = i * work.tile + jnp.arange(work.tile, dtype=jnp.int32)
@@ -92,20 +86,19 @@ def _found_kernel(
         for i, total in enumerate(jax.lax.fori_loop(first, stop, sum_tile, (zero,) * KINDS)):
             sums_ref[place, i, :] = jnp.sum(total, axis=1)
 
-    for_each_list(counts_ref, ends_ref, work, sum_list)
+    for_each_list(counts_ref, work, sum_list)
 
 
 class _Found:
     """Terms of the tokens that a kv head's query heads found, each its own."""
 
-    def __init__(self, constants: _Constants, head, quantized_ref, limits_ref, scale_ref, estimates_ref):
+    def __init__(self, constants: _Constants, head, quantized_ref, limits_ref, scale_ref, scores_ref):
         self.constants, self.head = constants, head
-        self.scale_ref, self.estimates_ref = scale_ref, estimates_ref
-        self.group = estimates_ref.shape[1]
+        self.scale_ref, self.scores_ref = scale_ref, scores_ref
+        self.group = scores_ref.shape[1]
         self.row = jnp.arange(_pallas.power_of_two(self.group), dtype=jnp.int32)
         self.quantized = quantized_ref[head // constants.kv_heads]
-        number = 4 if estimates_ref.dtype == jnp.float32 else 5
-        self.noise, self.peak, *self.limits = (self._limit(limits_ref, i) for i in range(number))
+        self.noise, self.peak, self.bulk, self.single = (self._limit(limits_ref, i) for i in range(4))
 
     def _limit(self, limits_ref, i):
         at = (self.head + 0 * self.row, self.row, i + 0 * self.row)
@@ -117,7 +110,9 @@ class _Found:
         scale = _pallas.load_masked(self.scale_ref, (self.head + 0 * token, token), valid)
         sd = deviation(self.noise, scale[None, :], constants.least_deviation)
         valid = valid[None, :] & (self.row < self.group)[:, None]
-        noisy, threshold, bulk = self._estimate(token, scale, sd, valid)
+        row = self.row[:, None] + 0 * token[None, :]
+        noisy = _pallas.load_masked(self.scores_ref, (self.head + 0 * row, row, token[None, :] + 0 * row), valid)
+        threshold = jnp.minimum(self.bulk, self.single - constants.deviations * sd)
         scored = valid & ((token >= constants.sink) & (token < self.quantized))[None, :]
         found = scored & ~((noisy < threshold) & (noisy > -jnp.inf))
 
@@ -132,7 +127,7 @@ class _Found:
         missed = jnp.where(near, weight * (h0 - h1), 0.0)
         spread = jnp.where(near, weight * jnp.maximum(h0 - 2 * h1 + jnp.exp(sd * sd) * h2, 0.0), 0.0)
         sure = near & (tau < 0.5) & (noisy < jnp.inf)
-        below = found & (noisy - sd * sd < bulk)
+        below = found & (noisy - sd * sd < self.bulk)
         terms = (
             jnp.where(valid, weight, 0.0),
             jnp.where(found | (valid & ~scored), weight, 0.0),
@@ -145,41 +140,12 @@ class _Found:
         )
         return tuple(old + term for old, term in zip(sums, terms, strict=True))
 
-    def _estimate(self, token, scale, sd, valid):
-        """Noisy logits [H,tile], the tokens' own thresholds, and the one of the bulk [H,1]."""
-        row, deviations = self.row[:, None] + 0 * token[None, :], self.constants.deviations
-        token = token[None, :] + 0 * row
-        if self.estimates_ref.dtype == jnp.float32:
-            bulk, single = self.limits
-            noisy = _pallas.load_masked(self.estimates_ref, (self.head + 0 * row, row, token), valid)
-            return noisy, jnp.minimum(bulk, single - deviations * sd), bulk
-        base, kept, depth = self.limits
-        word = _pallas.load_masked(self.estimates_ref, (self.head + 0 * row, row, token // 4), valid)
-        bin_ = ((word >> (token % 4 * 8)) & (BINS - 1)).astype(jnp.float32)
-        width = 1 / BINS_PER_NAT
-        # Where the best bin's scores are is not known: anywhere above its edge.
-        noisy = jnp.where(bin_ == 0, jnp.inf, base - width * (bin_ + 0.5))
-        kept_of_token = kept_bins(
-            kept, depth, BINS_PER_NAT * deviations * self.noise, scale[None, :].astype(jnp.float32)
-        )
-        # What has too large a deviation to be counted is kept whatever its score, and stands for no token that was not.
-        always = (kept_of_token == BINS) | (sd > SURE_DEVIATION)
-        threshold = jnp.where(always, -jnp.inf, base - width * kept_of_token)
-        return noisy, threshold, jnp.where(kept == BINS, -jnp.inf, base - width * kept)
-
-
-def kept_bins(kept, depth, depth_gain, scale):
-    """How many of the best bins a token is kept in: those of the bulk, or those whose scores could be those of a single
-    token of great weight, `depth + depth_gain * scale` bins below base; all float32."""
-    return jnp.maximum(kept, jnp.floor(jnp.clip(depth + depth_gain * scale, 0, BINS - 1)) + 1)
-
 
 def _finish_kernel(
-    count_ref, ends_ref, peak_ref, total_ref, partial_ref, found_ends_ref, sums_ref, *refs,
-    work: Work, found_work: Work, conclude,
+    count_ref, ends_ref, peak_ref, total_ref, partial_ref, sums_ref, *refs, work: Work, parts: int | None, conclude,
 ):  # fmt: skip
-    """As `combine_columns`; and found_ends [2], sums [N,KINDS,H] of the parts, what `conclude` looks at -> out [C], and
-    what it finds of a query head."""
+    """As `combine_columns`; and sums of the parts, [N,KINDS,H] in the places of the partial outputs, or for 4 heads
+    [N,4,KINDS] of so many parts; and what `conclude` looks at -> out [C], and what it finds of a query head."""
     *known_refs, out_ref, found_ref = refs
     head, some = pl.program_id(1), pl.program_id(2)
     last = pl.num_programs(2) - 1
@@ -190,44 +156,41 @@ def _finish_kernel(
 
     @pl.when(some == last)
     def _():
-        first, parts = parts_of(count_ref, found_ends_ref)
-        at_once = found_work.combined_parts
-        part = jnp.arange(at_once, dtype=jnp.int32)
+        kind = jnp.arange(KINDS)
+        if parts is None:
+            first, number = parts_of(count_ref, ends_ref)
+            at_once, at = work.combined_parts, lambda part: (first + part, kind[None] + 0 * part, head + 0 * part)
+        else:
+            number, at_once = parts, _pallas.power_of_two(parts)
+            at = lambda part: (part, head % HEADS + 0 * part, kind[None] + 0 * part)  # noqa: E731
 
         def add(i, sums):
-            place = i * at_once + part
-            at = lambda kind: (first + place, kind + 0 * place, head + 0 * place)  # noqa: E731
-            loads = (_pallas.load_masked(sums_ref, at(kind), place < parts) for kind in range(KINDS))
-            return tuple(old + jnp.sum(new) for old, new in zip(sums, loads, strict=True))
+            part = i * at_once + jnp.arange(at_once)[:, None] + 0 * kind[None]
+            return sums + jnp.sum(_pallas.load_masked(sums_ref, at(part), part < number), axis=0)
 
-        sums = jax.lax.fori_loop(0, pl.cdiv(parts, at_once), add, (jnp.float32(0),) * KINDS)
-        numbers = conclude(head, sums, *known_refs) if conclude else sums
-        for i, number in enumerate(numbers):
-            found_ref[i] = number
+        zero = jnp.zeros((KINDS,), jnp.float32)
+        total = jax.lax.fori_loop(0, pl.cdiv(number, at_once), add, zero)
+        sums = tuple(jnp.sum(jnp.where(kind == i, total, 0.0)) for i in range(KINDS))
+        for i, x in enumerate(conclude(head, sums, *known_refs) if conclude else sums):
+            found_ref[i] = x
 
 
 def verified_attention(
-    query, keys, values, indices, counts, estimates, scale, quantized, limits,
-    *, softmax_scale, sink, deviations, least_deviation, far, largest_log, conclude=None, known=(), numbers=KINDS,
+    query, keys, values, indices, counts, scores, scale, quantized, limits,
+    *, softmax_scale, sink, deviations, least_deviation, far, largest_log,
 ):  # fmt: skip
     """`rabitq_jax.verified_attention.verified_attention_reference`.
 
     Args:
       query, keys, values, indices, counts: as in `gathered_attention`.
-      estimates: scores float32 [B,K,G,T], or bins int32 [B,K,G,T/4] of `mosaic_score_bins`.
+      scores: float32 [B,K,G,T].
       scale: bfloat16 [B,K,T].
       quantized: int32 [B].
-      limits: float32 [B,K,H,J], H from G on, of each query head: noise and peak; then for scores the thresholds bulk
-        and single; for bins base, how many bins the bulk keeps, and the depth of the single threshold in bins.
-      conclude: function of a query head's number in its group, its sums (below), and references to what is `known` of
-        it, to the float32 numbers that follow; None for the sums themselves.
-      known: pairs of an array and the `BlockSpec` of its part, for programs (kv head, query head, columns).
-      numbers: how many `conclude` finds, a power of two.
+      limits: float32 [B,K,G,4]: noise, peak, and the thresholds bulk and single.
 
     Returns:
-      Output float32 [B,K,G,D], and float32 [B,K,G,numbers] what `conclude` finds. Sums are in units of e^peak: the mass
-      attended; the mass of the head's own tokens; missed, variance, information, score, returned and number of
-      `rabitq_jax.certificate.Found`.
+      Output float32 [B,K,G,D], and sums float32 [B,K,G,KINDS] in units of e^peak: the mass attended; the mass of the
+      head's own tokens; missed, variance, information, score, returned and number of `rabitq_jax.certificate.Found`.
     """
     constants = _Constants(
         kv_heads=query.shape[1], sink=sink, deviations=deviations, least_deviation=least_deviation, far=far,
@@ -237,26 +200,51 @@ def verified_attention(
         query, keys, values, indices, counts, softmax_scale=softmax_scale, with_logits=True
     )
     rows = _pallas.power_of_two(query.shape[2])
-    lists, tokens = counts.size, indices.shape[-1]
-    found_work = Work.split(lists, tokens, tile=_pallas.block_of(tokens, TILE), programs=PROGRAMS)
-    found = _pallas.call(
-        functools.partial(_found_kernel, work=found_work, constants=constants),
+    sums = _pallas.call(
+        functools.partial(_found_kernel, work=work, constants=constants),
         name="found_tokens",
-        num_warps=WARPS,
-        grid=(found_work.programs,),
-        out_shape=[
-            jax.ShapeDtypeStruct((lists, 2), jnp.int32),
-            jax.ShapeDtypeStruct((found_work.parts, KINDS, rows), jnp.float32),
-        ],
-    )(by_row(counts), by_row(indices), logits, quantized, *(by_row(x) for x in (limits, scale, estimates)))
+        grid=(work.programs,),
+        out_shape=jax.ShapeDtypeStruct((work.parts, KINDS, rows), jnp.float32),
+    )(by_row(counts), by_row(indices), logits, quantized, *(by_row(x) for x in (limits, scale, scores)))
+    return _finish(work, counts, query.shape, partial, sums, whole(sums), parts=None)
 
-    grid, in_specs, out_spec, out_shape = combine_call(counts, query.shape, partial, dtype=jnp.float32)
-    out, concluded = _pallas.call(
-        functools.partial(_finish_kernel, work=work, found_work=found_work, conclude=conclude),
+
+def verified_attention_of_bins(
+    query, keys, values, indices, counts, bins, scale, quantized, limits,
+    *, softmax_scale, conclude=None, known=(), numbers=KINDS, **constants,
+):  # fmt: skip
+    """The same of bins of scores, on Hopper GPUs.
+
+    Args:
+      bins: int32 [B,K,G,T/4] of `mosaic_score_bins`.
+      limits: float32 [B,K,H,LIMITS] of `mosaic_certified_threshold`.
+      conclude: function of a query head's number in its group, its sums, and references to what is `known` of it, to
+        the float32 numbers that follow; None for the sums themselves.
+      known: pairs of an array and the `BlockSpec` of its part, for programs (kv head, query head, columns).
+      numbers: how many `conclude` finds, a power of two.
+      Others: as of `verified_attention`.
+
+    Returns:
+      Output float32 [B,K,G,D], and float32 [B,K,G,numbers] what `conclude` finds.
+    """
+    work, (*partial, logits) = attend(
+        query, keys, values, indices, counts, softmax_scale=softmax_scale, with_logits=True
+    )
+    sums = found_sums(indices, counts, logits, bins, scale, quantized, limits, **constants)
+    rows, groups, parts = sums.shape[:3]
+    spec = pl.BlockSpec((None, None, parts, HEADS, KINDS), lambda row, g, part: (row, g // HEADS, 0, 0, 0))
+    sums = sums.reshape(rows, groups, parts, HEADS, KINDS)
+    return _finish(work, counts, query.shape, partial, sums, spec, parts, conclude, known, numbers)
+
+
+def _finish(work: Work, counts, shape, partial, sums, sums_spec, parts, conclude=None, known=(), numbers=KINDS):
+    grid, in_specs, out_spec, out_shape = combine_call(counts, shape, partial, dtype=jnp.float32)
+    out, found = _pallas.call(
+        functools.partial(_finish_kernel, work=work, parts=parts, conclude=conclude),
         name="combine_parts",
         grid=(*grid[:2], grid[2] + 1),
-        in_specs=[*in_specs, in_specs[1], whole(found[1]), *(spec for _, spec in known)],
+        in_specs=[*in_specs, sums_spec, *(spec for _, spec in known)],
         out_specs=[out_spec, pl.BlockSpec((None, None, numbers), lambda row, g, part: (row, g, 0))],
-        out_shape=[out_shape, jax.ShapeDtypeStruct((lists, query.shape[2], numbers), jnp.float32)],
-    )(by_row(counts), *partial, *found, *(array for array, _ in known))
-    return by_query(out, query.shape), concluded.reshape(*query.shape[:3], numbers)
+        out_shape=[out_shape, jax.ShapeDtypeStruct((counts.size, shape[2], numbers), jnp.float32)],
+    )(by_row(counts), *partial, sums, *(array for array, _ in known))
+    return by_query(out, shape), found.reshape(*shape[:3], numbers)

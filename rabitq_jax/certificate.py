@@ -84,7 +84,7 @@ def found_terms(true, noisy, sd, threshold, bulk, peak):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Certificate:
     """What is known of each query head's captured mass; float32 [B,K,G] each.
 
@@ -115,16 +115,27 @@ class Round:
     Attributes:
       out: float32 [B,K,G,D].
       counts: int32 [B,K], tokens attended.
-      number: float32 [B,K,G], scored tokens that the head selected itself.
-      certificate: of the captured mass.
-      lower: limits of a second round, where the kernel has found them in passing.
+      summary: float32 [B,K,G,8], `summarize` in one array, so that it takes little to pass it on.
     """
 
     out: jax.Array
     counts: jax.Array
-    number: jax.Array
-    certificate: Certificate
-    lower: jax.Array | None = None
+    summary: jax.Array
+
+    @property
+    def certificate(self) -> Certificate:
+        return Certificate(*(self.summary[..., i] for i in range(6)))
+
+    @property
+    def number(self) -> jax.Array:
+        """float32 [B,K,G], scored tokens that the head selected itself."""
+        return self.summary[..., 6]
+
+
+def summarize(certificate: Certificate, found: Found) -> tuple[jax.Array, ...]:
+    """The fields of a certificate, the number of tokens, and a zero."""
+    fields = (getattr(certificate, field.name) for field in dataclasses.fields(certificate))
+    return *fields, found.number, 0 * found.number
 
 
 def certify(found: Found, below, attended, own, scored, mass: HeadMass, thresholds: Thresholds) -> Certificate:

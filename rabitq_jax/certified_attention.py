@@ -72,8 +72,8 @@ def attend_certified(
             return jnp.where(rows.reshape(*rows.shape, *(1,) * (new.ndim - 2)), new, old)
 
         def extend(first):
-            lower = estimates.lower(limits, first, short)
-            second = estimates.attend(*estimates.keep(lower, short), lower)
+            lower = estimates.lower(limits, first)
+            second = estimates.attend(*estimates.keep(lower, first), lower)
             return jax.tree.map(pick, second, first), first.counts + second.counts
 
         with jax.named_scope("extend"):
@@ -81,7 +81,7 @@ def attend_certified(
             # A branch copies what it passes on. So the list has one of its own, which is left out where nobody asks.
             indices = jax.lax.cond(
                 jnp.any(short),
-                lambda first: pick(estimates.keep(estimates.lower(limits, first, short), short)[0], indices),
+                lambda first: pick(estimates.keep(estimates.lower(limits, first), first)[0], indices),
                 lambda first: indices,
                 first,
             )

@@ -3,8 +3,8 @@
 The same questions as in noisy_scores.py. Thresholds lie on the edges of bins; a token's score is known to its bin, and
 so are the sums of weights below a threshold. See pallas_kernels/mosaic_score_bins.py.
 
-All that follows from the sums over found tokens is reckoned in the kernel that ends with them, with the functions of
-certificate.py and thresholds.py, a query head a program: outside of it, every few of these operations are a launch.
+What follows from the sums over found tokens is reckoned by programs of a query head each, with the functions of
+certificate.py and thresholds.py: outside of kernels, every few of these operations are a launch.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic_certified
-from pallas_kernels import verified_attention as attention_kernel
 from pallas_kernels.gathered_attention import by_row
 from pallas_kernels.mosaic_certified_threshold import LIMITS, SPREAD, Rule
 from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT
 from pallas_kernels.prepare_query import padded_heads
+from pallas_kernels.verified_attention import verified_attention_of_bins
 from rabitq_jax.cache import LayerCache
-from rabitq_jax.certificate import Certificate, Round, certify
+from rabitq_jax.certificate import Certificate, Round, certify, summarize
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.prepared_query import prepare_query
 from rabitq_jax.thresholds import (
@@ -36,10 +36,6 @@ from rabitq_jax.thresholds import (
     upper_bound,
 )
 from rabitq_jax.verified_attention import CONSTANTS, masses
-
-NAMES = [field.name for field in dataclasses.fields(Certificate)]
-# Numbers before the limits of a second round: a certificate, how many tokens, and a zero.
-CONCLUDED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,30 +90,30 @@ def find_bulk(limits: _Limits, spreads, budget, level, deviations: float):
     return limits.edge(last + 1), jnp.sum(jnp.where(number == last, first, 0.0))
 
 
-def conclude(
-    head, sums, quantized_ref, limits_ref, state_ref, *, sink: int, deviations: float, top_p: float | None
-):  # fmt: skip
-    """The fields of a head's `Certificate`, the number of its tokens, and the limits of a second round that p asks for.
+def read_limits(limits_ref) -> _Limits:
+    return _Limits(*(limits_ref[i] for i in range(LIMITS)))
 
-    Args:
-      head: number in its group.
-      sums: of `verified_attention`.
-      quantized_ref, limits_ref, state_ref: [], float32 [LIMITS], and the kv head's state.
-      top_p: None where there is no second round.
-    """
-    limits = _Limits(*(limits_ref[i] for i in range(LIMITS)))
+
+def conclude(head, sums, quantized_ref, limits_ref, *, sink: int, deviations: float):
+    """`summarize` of a query head, in a kernel: from its sums, quantized [] and its limits [LIMITS]."""
+    del head
+    limits = read_limits(limits_ref)
     attended, own, found = masses(sums)
-    thresholds, mass = limits.thresholds(deviations), limits.mass
     scored = jnp.maximum(quantized_ref[...] - sink, 0).astype(jnp.float32)
-    known = certify(found, limits.below, attended, own, scored, mass, thresholds)
-    concluded = (*(getattr(known, name) for name in NAMES), found.number, jnp.float32(0))
-    if top_p is None:
-        return concluded
-    spreads = mosaic_certified.load_spreads(state_ref, head)
-    find = functools.partial(find_bulk, limits, spreads)
-    lower, below = extended_thresholds(find, mass, thresholds, limits.below, known, known.bound < top_p, top_p=top_p)
-    lowered = limits.at(lower, below)
-    return *concluded, *(getattr(lowered, field.name) for field in dataclasses.fields(lowered))
+    certificate = certify(found, limits.below, attended, own, scored, limits.mass, limits.thresholds(deviations))
+    return summarize(certificate, found)
+
+
+def lower_limits(head, summary_ref, limits_ref, state_ref, *, deviations: float, top_p: float):
+    """A query head's `extended_thresholds`, in a kernel: LIMITS numbers, as they were where it is not short."""
+    limits = read_limits(limits_ref)
+    known = Certificate(*(summary_ref[i] for i in range(6)))
+    find = functools.partial(find_bulk, limits, mosaic_certified.load_spreads(state_ref, head))
+    lower, below = extended_thresholds(
+        find, limits.mass, limits.thresholds(deviations), limits.below, known, known.bound < top_p, top_p=top_p
+    )
+    new = limits.at(lower, below)
+    return tuple(getattr(new, field.name) for field in dataclasses.fields(new))
 
 
 class NoisyBins:
@@ -159,45 +155,31 @@ class NoisyBins:
         below, total = (limits[:, :, : self._query.shape[2], i] for i in (5, 6))
         return 1 - below / jnp.where(total == 0, 1.0, total)
 
-    def keep(self, limits, short=None) -> tuple[jax.Array, jax.Array]:
-        """Indices and counts of the tokens that are kept; in kv heads with a head that is short alone, if that is given
-        as bool [B,K,G]."""
-        if short is None:
+    def keep(self, limits, first: Round | None = None) -> tuple[jax.Array, jax.Array]:
+        """Indices and counts of the tokens that are kept; after a first round, in kv heads that were short."""
+        if first is None:
             return self._first[:2]
         return mosaic_certified.select_again(
-            self._bins, limits, jnp.any(short, axis=-1), self._scale, self._cache.quantized, self._cache.length,
-            sink=self._config.sink, deviations=self._deviations,
+            self._bins, limits, first.summary, self._scale, self._cache.quantized, self._cache.length,
+            sink=self._config.sink, deviations=self._deviations, top_p=self._config.top_p,
         )  # fmt: skip
 
     def attend(self, indices, counts, limits) -> Round:
         """`verified_attention` over a list, and what follows from it."""
-        config, kv_heads = self._config, self._query.shape[1]
-        extends = config.selection == "certified" and config.top_p < 1
-        of_head = lambda row, g, part: (row, g, 0)  # noqa: E731
+        sink, kv_heads = self._config.sink, self._query.shape[1]
         known = (
             (self._cache.quantized, pl.BlockSpec((None,), lambda row, g, part: (row // kv_heads,))),
-            (by_row(limits), pl.BlockSpec((None, None, LIMITS), of_head)),
-            (by_row(self._state), pl.BlockSpec((None, self._state.shape[-1]), lambda row, g, part: (row, 0))),
+            (by_row(limits), pl.BlockSpec((None, None, LIMITS), lambda row, g, part: (row, g, 0))),
         )
-        out, found = attention_kernel.verified_attention(
+        out, summary = verified_attention_of_bins(
             self._query, self._cache.keys, self._cache.values, indices, counts, self._bins, self._scale,
             self._cache.quantized, limits, softmax_scale=self._softmax_scale,
-            sink=config.sink, deviations=self._deviations, **CONSTANTS,
-            conclude=functools.partial(
-                conclude, sink=config.sink, deviations=self._deviations, top_p=config.top_p if extends else None
-            ),
-            known=known, numbers=CONCLUDED + LIMITS * extends,
+            sink=sink, deviations=self._deviations, **CONSTANTS,
+            conclude=functools.partial(conclude, sink=sink, deviations=self._deviations), known=known,
         )  # fmt: skip
-        return Round(
-            out=out,
-            counts=counts,
-            number=found[..., len(NAMES)],
-            certificate=Certificate(**{name: found[..., i] for i, name in enumerate(NAMES)}),
-            lower=found[..., CONCLUDED:] if extends else None,
-        )
+        return Round(out=out, counts=counts, summary=summary)
 
-    def lower(self, limits, first: Round, short) -> jax.Array:
+    def lower(self, limits, first: Round) -> jax.Array:
         """Limits of the second round."""
-        del short
-        assert first.lower is not None
-        return jnp.pad(first.lower, [(0, 0)] * 2 + [(0, limits.shape[2] - first.lower.shape[2]), (0, 0)])
+        find = functools.partial(lower_limits, deviations=self._deviations, top_p=self._config.top_p)
+        return mosaic_certified.find_again(find, first.summary, limits, self._state)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rabitq_jax.cache import LayerCache
-from rabitq_jax.certificate import Round, certify
+from rabitq_jax.certificate import Round, certify, summarize
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.error_model import noise_gain
 from rabitq_jax.scores import proxy_scores
@@ -60,13 +60,17 @@ class NoisyScores:
         """Share of the attention that the estimates say is kept: float32 [B,K,G]."""
         return 1 - limits[1] / jnp.where(self._mass.total == 0, 1.0, self._mass.total)
 
-    def keep(self, limits, short=None) -> tuple[jax.Array, jax.Array]:
-        """Indices and counts of the tokens that are kept; in kv heads with a head that is short alone, if that is given
-        as bool [B,K,G]."""
+    def keep(self, limits, first: Round | None = None) -> tuple[jax.Array, jax.Array]:
+        """Indices and counts of the tokens that are kept; after a first round, in kv heads that were short."""
         indices, counts = keep_by_thresholds(
             self._noisy, limits[0], self._cache.length, implementation=self._config.select
         )
-        return indices, counts if short is None else jnp.where(jnp.any(short, axis=-1), counts, 0)
+        if first is None:
+            return indices, counts
+        return indices, jnp.where(jnp.any(self._is_short(first), axis=-1), counts, 0)
+
+    def _is_short(self, first: Round) -> jax.Array:
+        return first.certificate.bound < self._config.top_p
 
     def attend(self, indices, counts, limits) -> Round:
         """`verified_attention` over a list, and what follows from it."""
@@ -77,9 +81,11 @@ class NoisyScores:
         )  # fmt: skip
         scored = jnp.maximum(self._cache.quantized - self._config.sink, 0)[:, None, None]
         certificate = certify(found, below, attended, own, scored, self._mass, thresholds)
-        return Round(out=out, counts=counts, number=found.number, certificate=certificate)
+        return Round(out=out, counts=counts, summary=jnp.stack(summarize(certificate, found), axis=-1))
 
-    def lower(self, limits, first: Round, short) -> tuple[Thresholds, jax.Array]:
+    def lower(self, limits, first: Round) -> tuple[Thresholds, jax.Array]:
         """Limits of the second round."""
         find = functools.partial(find_bulk, self._noisy, self._mass, implementation=self._config.select)
-        return extended_thresholds(find, self._mass, *limits, first.certificate, short, top_p=self._config.top_p)
+        return extended_thresholds(
+            find, self._mass, *limits, first.certificate, self._is_short(first), top_p=self._config.top_p
+        )

@@ -107,7 +107,8 @@ class Emulator:
 
     def exp2(self, x):
         # Numbers below the normal ones are flushed to zero.
-        power = np.exp2(x)
+        with np.errstate(over="ignore"):
+            power = np.exp2(x)
         return np.where(power < np.finfo(np.float32).tiny, np.float32(0), power).astype(np.float32)
 
     def log2(self, x):
@@ -220,6 +221,9 @@ class Emulator:
     def maximum(self, a, b):
         return np.fmax(self.value(a), self.value(b))
 
+    def maximum_or_nan(self, a, b):
+        return np.maximum(self.value(a), self.value(b))
+
     def minimum(self, a, b):
         return np.fmin(self.value(a), self.value(b))
 
@@ -249,13 +253,14 @@ class Emulator:
             body()
         self.mask = outer
 
-    def update(self, condition, carried, body):
+    def update(self, condition, carried, body, otherwise=list):
         result = list(carried)
 
-        def put():
-            result[:] = [np.where(condition, new, old) for new, old in zip(body(carried), carried, strict=True)]
+        def put(where, run):
+            result[:] = [np.where(where, new, old) for new, old in zip(run(carried), result, strict=True)]
 
-        self.when(condition, put)
+        for where, run in ((condition, body), (~condition, otherwise)):
+            self.when(where, lambda where=where, run=run: put(where, run))
         return result
 
     def loop(self, count, carried, body):

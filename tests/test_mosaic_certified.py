@@ -1,6 +1,7 @@
 """Scores with noise on Hopper: weights of bins, limits, lists and verified attention, in an emulator and on the GPU."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,16 @@ from scipy.stats import norm
 from benchmarks.exact import exact_logits
 from benchmarks.shapes import Shape
 from pallas_kernels import mosaic_certified, mosaic_compact
-from pallas_kernels import verified_attention as attention_kernel
 from pallas_kernels.mosaic_certified_threshold import SPREAD
+from pallas_kernels.mosaic_compact import BOUND
 from pallas_kernels.mosaic_score_bins import BINS, LARGEST_DEVIATION, MASS_UNIT
+from pallas_kernels.verified_attention import verified_attention_of_bins
 from rabitq_jax import RaBitQConfig, attention, selection
 from rabitq_jax import thresholds as thresholds_module
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.cache import init_layer_cache
 from rabitq_jax.certificate import certify
-from rabitq_jax.noisy_bins import NAMES, NoisyBins, _Limits, find_bulk
+from rabitq_jax.noisy_bins import NoisyBins, _Limits, find_bulk
 from rabitq_jax.noisy_scores import NoisyScores
 from rabitq_jax.scores import proxy_scores_reference
 from rabitq_jax.thresholds import LEAST_SINGLE, SHARED, confidence, extended_thresholds, left_out
@@ -193,7 +195,7 @@ def test_selection_of_several_passes_in_an_emulator(monkeypatch):
     emulate(monkeypatch)
     monkeypatch.setattr(mosaic_compact, "BLOCKS", 4)
     shape = Shape(2, 1, 3, 10240, 128)
-    assert mosaic_compact.passes(2, shape.tokens) > 1
+    assert mosaic_compact.passes_of(2, shape.tokens) > 1
     check_selection(shape, certified=True)
 
 
@@ -204,8 +206,12 @@ def check_again(shape, jit=lambda run: run):
     scale = inputs(shape)[3]
     rows = np.arange(shape.batch * shape.kv_heads).reshape(shape.batch, shape.kv_heads) % 3 != 1
     limits = limits.at[..., 3].add(9).at[..., 4].add(3)
-    again = jit(lambda *arrays: mosaic_certified.select_again(*arrays, quantized, length, sink=FIRST, deviations=K))
-    indices, counts = again(bins, limits, jnp.asarray(rows), scale)
+    again = jit(
+        lambda *arrays: mosaic_certified.select_again(*arrays, quantized, length, sink=FIRST, deviations=K, top_p=0.9)
+    )
+    # One head of a kv head that is short is enough.
+    summary = jnp.ones((*rows.shape, shape.group, 8)).at[:, :, -1, BOUND].set(jnp.where(rows, 0.89, 0.91))
+    indices, counts = again(bins, limits, summary, scale)
     bytes_, noise, limits = np.asarray(bins).view(np.uint8), np.asarray(limits)[..., 0], np.asarray(limits)
     position = np.arange(shape.tokens)
     for b, k in np.ndindex(rows.shape):
@@ -245,14 +251,14 @@ def check_verified_attention(shape, kept_share=0.2):
     kept = np.floor(8 * (base - np.quantile(z, 1 - kept_share, axis=-1)))
     depth = kept - 8 * K * noise * rng.choice([0.9, 10], heads)
     peak = base + rng.normal(size=heads)
-    limits = np.stack([noise, peak, base, kept, depth], axis=-1)
+    limits = np.stack([noise, peak, base, kept, depth, *[0 * kept] * 3], axis=-1)
     quantized = np.array([tokens - 64 - 32 * b for b in range(heads[0])])
     counts = np.full(heads[:2], tokens // 3)
     indices = np.sort(np.stack([rng.permutation(tokens) for _ in range(counts.size)])[:, : tokens // 3], axis=-1)
     indices = indices.reshape(*heads[:2], -1)
     listed = jnp.asarray(np.pad(indices, [(0, 0)] * 2 + [(0, tokens - indices.shape[-1])]), jnp.int32)
     arrays = [jnp.asarray(x, jnp.float32) for x in (query, keys, values)]
-    out, sums = attention_kernel.verified_attention(
+    out, sums = verified_attention_of_bins(
         *arrays, listed, jnp.asarray(counts, jnp.int32), jnp.asarray(bins.view(np.int32)), scale,
         jnp.asarray(quantized, jnp.int32), padded(jnp.asarray(limits, jnp.float32)),
         softmax_scale=dim**-0.5, sink=FIRST, deviations=K, **CONSTANTS,
@@ -290,24 +296,9 @@ def check_verified_attention(shape, kept_share=0.2):
 
 
 @pytest.mark.parametrize("shape", [Shape(2, 2, 4, 512, 32), Shape(1, 2, 1, 512, 64), Shape(1, 1, 5, 1024, 16)], ids=str)
-def test_verified_attention_on_bins(shape):
+def test_verified_attention_on_bins_in_an_emulator(shape, monkeypatch):
+    emulate(monkeypatch)
     check_verified_attention(shape)
-
-
-def test_sums_on_bins_lower(monkeypatch):
-    batch, kv_heads, group, tokens, dim = 2, 2, 5, 1024, 64
-    kv, lists = (batch, kv_heads, tokens), (batch, kv_heads)
-    array = jax.ShapeDtypeStruct
-    text = kernel_text(
-        monkeypatch,
-        lambda *arrays: attention_kernel.verified_attention(
-            *arrays, softmax_scale=0.1, sink=FIRST, deviations=K, **CONSTANTS
-        ),
-        array((*lists, group, dim), jnp.bfloat16), *[array((*kv, dim), jnp.bfloat16)] * 2,
-        array(kv, jnp.int32), array(lists, jnp.int32), array((*lists, group, tokens // 4), jnp.int32),
-        array(kv, jnp.bfloat16), array((batch,), jnp.int32), array((*lists, 8, 8), jnp.float32),
-    )  # fmt: skip
-    assert "found_tokens" in text
 
 
 def case(shape, config, seed=0, size=1.0, lengths=None):
@@ -456,7 +447,7 @@ def test_what_follows_from_sums_in_an_emulator(is_short, monkeypatch):
         chosen = NoisyBins(query, cache, dataclasses.replace(config, top_p=0.5), 128**-0.5, jax.random.key(0), 0)
     first, lists = chosen.limits(), chosen.keep(chosen.limits())
     found = bins.attend(*lists, first)
-    _, sums = attention_kernel.verified_attention(
+    _, sums = verified_attention_of_bins(
         query, cache.keys, cache.values, *lists, bins._bins, bins._scale, cache.quantized, first,
         softmax_scale=128**-0.5, sink=config.sink, deviations=K, **CONSTANTS,
     )  # fmt: skip
@@ -465,13 +456,13 @@ def test_what_follows_from_sums_in_an_emulator(is_short, monkeypatch):
     attended, own, terms = masses(tuple(jnp.moveaxis(sums, -1, 0)))
     thresholds, scored = limits.thresholds(K), cache.quantized - config.sink
     want = certify(terms, limits.below, attended, own, scored, limits.mass, thresholds)
-    for name in NAMES:
-        np.testing.assert_allclose(getattr(found.certificate, name), getattr(want, name), rtol=1e-5, err_msg=name)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found.certificate, want)
     np.testing.assert_array_equal(found.number, terms.number)
     short = want.bound < config.top_p
     assert bool(jnp.all(short)) == bool(jnp.any(short)) == is_short
     lower, below = extended_thresholds(search, limits.mass, thresholds, limits.below, want, short, top_p=config.top_p)
-    got = _Limits(*jnp.moveaxis(found.lower, -1, 0))
+    again = bins.lower(first, found)
+    got = _Limits(*jnp.moveaxis(again[:, :, :3], -1, 0))
     np.testing.assert_allclose(got.thresholds(K).bulk, lower.bulk, rtol=1e-5)
     np.testing.assert_allclose(got.thresholds(K).single, lower.single, rtol=1e-5)
     np.testing.assert_allclose(got.below, below, rtol=1e-4)
@@ -491,8 +482,10 @@ def test_kernels_lower(certified, monkeypatch):
         bins, state, (indices, counts, limits) = select(
             shape, (*front, arguments[5], shift), noise, heads, heads, quantized, length, rule_of(0.9, certified)
         )
-        rows, scale = counts > 3, front[3]
-        again = mosaic_certified.select_again(bins, limits, rows, scale, quantized, length, sink=FIRST, deviations=K)
+        summary = jnp.broadcast_to(noise[..., None], (*noise.shape, 8))
+        again = mosaic_certified.select_again(
+            bins, limits, summary, front[3], quantized, length, sink=FIRST, deviations=K, top_p=0.9
+        )
         return indices, again, state
 
     text = kernel_text(monkeypatch, run, arguments[:5], arguments[6], noise, heads)
@@ -512,7 +505,7 @@ def test_a_step_lowers(monkeypatch):
         return out, stats
 
     text = kernel_text(monkeypatch, step, query, cache)
-    assert all(kernel in text for kernel in ("score_bins", "compact", "found_tokens", "combine_parts"))
+    assert all(kernel in text for kernel in ("score_bins", "compact", "found_sums", "combine_parts", "lower_limits"))
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from benchmarks.shapes import Shape, make_case
 from pallas_kernels import (
     mosaic_certified_threshold,
     mosaic_compact,
+    mosaic_found,
     mosaic_score_bins,
     mosaic_top_p,
     mosaic_top_p_threshold,
@@ -168,7 +169,8 @@ def check_selection(shape, sharpness, offset, *, top_p=0.9, jit=lambda run: run)
 
 def emulate(monkeypatch):
     emulator = Emulator()
-    for module in (mosaic_score_bins, mosaic_compact, mosaic_top_p_threshold, mosaic_certified_threshold):
+    kernels = mosaic_score_bins, mosaic_compact, mosaic_top_p_threshold, mosaic_certified_threshold, mosaic_found
+    for module in kernels:
         monkeypatch.setattr(module, "m", emulator)
 
 
