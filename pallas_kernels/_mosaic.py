@@ -143,11 +143,11 @@ def ptx(text: str, inputs, outputs: str = "", *, effects: bool = False) -> list[
     """PTX instructions: $0, $1, ... are the outputs, then the inputs.
 
     Args:
-      inputs: values; i32 and f32 become 32-bit registers, i64 64-bit ones.
+      inputs: values; i32 and f32 become 32-bit registers, i64 64-bit ones, i1 predicates.
       outputs: one letter each: "r" for i32, "f" for f32.
       effects: the instructions do more than compute their outputs.
     """
-    letters = {str(i32()): "r", str(i64()): "l", str(f32()): "f"}
+    letters = {"i1": "b", str(i32()): "r", str(i64()): "l", str(f32()): "f"}
     inputs = [value(x) for x in inputs]
     constraints = ["=" + letter for letter in outputs] + [letters[str(x.type)] for x in inputs]
     types = [i32() if letter == "r" else f32() for letter in outputs]
@@ -182,8 +182,7 @@ def store(at, values, *, offset: int = 0, where=None) -> None:
 def _where(condition, text: str, inputs) -> None:
     """Instructions with effects, in the threads where a condition holds; None is all of them."""
     if condition is not None:
-        text = f"{{ .reg .pred p; setp.ne.s32 p, ${len(inputs)}, 0; @p {text} }}"
-        inputs = [*inputs, arith.extui(i32(), condition)]
+        text, inputs = f"@${len(inputs)} {text}", [*inputs, condition]
     ptx(text, inputs, effects=True)
 
 
@@ -361,11 +360,6 @@ def maximum(a, b) -> ir.Value:
     return ptx("max.f32 $0, $1, $2;", [a, b], "f")[0]
 
 
-def maximum_or_nan(a, b) -> ir.Value:
-    """The larger f32; NaN if one is."""
-    return ptx("max.NaN.f32 $0, $1, $2;", [a, b], "f")[0]
-
-
 def when(condition, body) -> None:
     """Run `body` where the condition holds."""
     branch = scf.IfOp(condition)
@@ -374,10 +368,10 @@ def when(condition, body) -> None:
         scf.yield_([])
 
 
-def update(condition, carried, body, otherwise=list) -> list[ir.Value]:
-    """body(carried) where the condition holds, otherwise(carried) elsewhere, which is carried itself; it is a list."""
+def update(condition, carried, body) -> list[ir.Value]:
+    """body(carried) where the condition holds, and carried elsewhere; carried is a list."""
     branch = scf.IfOp(condition, [x.type for x in carried], has_else=True)
-    for block, run in ((branch.then_block, body), (branch.else_block, otherwise)):
+    for block, run in ((branch.then_block, body), (branch.else_block, list)):
         assert block is not None
         with ir.InsertionPoint(block):
             scf.yield_(run(carried))

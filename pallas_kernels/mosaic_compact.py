@@ -28,6 +28,7 @@ PASS_TOKENS = LANE_TOKENS * m.WARPGROUP
 # Passes of a block: so many that the blocks are on the device all at once, and still fill it.
 BLOCKS, LARGEST_PASSES = 640, 6
 LIMITS = certified.LIMITS
+GIVEN_PASSES = 2
 # Where the bound is among the numbers of a `rabitq_jax.certificate.Round`.
 BOUND = 5
 
@@ -84,7 +85,8 @@ def compact_given(
 
     Args:
       limits: float32 [B,K,H,LIMITS].
-      summary: float32 [B,K,G,J], of `rabitq_jax.certificate.Round`: kv heads with no bound below top_p get an empty list.
+      summary: float32 [B,K,G,J], of `rabitq_jax.certificate.Round`: kv heads with no bound below top_p have an empty
+        list.
       state: a reference, int32 [B,K,Z] of zeros, Z of `given_state_words`.
       Others: as of `compact_noisy`.
 
@@ -93,12 +95,12 @@ def compact_given(
     """
     rule = _Given(deviations=float(deviations), top_p=float(top_p), group=summary.shape[2], numbers=summary.shape[3])
     inputs = limits, summary, scale
-    return _call(rule, inputs, bins, limits.shape[2], state, quantized, length, (), sink=sink, passes=1)
+    return _call(rule, inputs, bins, limits.shape[2], state, quantized, length, (), sink=sink, passes=GIVEN_PASSES)
 
 
 def given_state_words(tokens: int) -> int:
     """Words of a kv head's state for `compact_given`."""
-    return state_words(0, -(-tokens // PASS_TOKENS))
+    return state_words(0, -(-tokens // (PASS_TOKENS * GIVEN_PASSES)))
 
 
 def _call(rule, inputs, bins, heads: int, state, quantized, length, reports, *, sink: int, passes: int | None = None):

@@ -334,52 +334,31 @@ class _WeightScorer(_Scorer):
 
     def see_scores(self, h, scores, scales, scored, peaks):
         """Add four tokens' weights in the bins of z - sd^2; returns the bins of z, and the largest so far."""
-        variances = [m.multiply_float(m.multiply_float(scale, scale), self.variances[h]) for scale in scales]
-        zeros = [m.value(0)] * 4 + [m.value(0.0)]
-        see = functools.partial(self._see_tokens, h, scores, variances)
-        if self.all_scored:
-            # Nearly all tokens are usable: a branch for four of them takes less than a predicate for each.
-            largest = functools.reduce(m.maximum_or_nan, variances)
-            usable = m.not_less_float(LARGEST_DEVIATION**2, largest)
-            see_all = lambda _: see([None] * 4)  # noqa: E731
-            *bins, highest = m.update(usable, zeros, see_all, lambda _: see(self._usable(variances, scored)))
-        else:
-            *bins, highest = see(self._usable(variances, scored))
+        top, bins, seen = self.factors[h][2], [], []
+        in_the_middle = MASS_BITS - LOG2_E * (LARGEST_DEVIATION**2 / 2 + 0.5 / BINS_PER_NAT)
+        for z, scale, is_scored in zip(scores, scales, scored, strict=True):
+            variance = m.multiply_float(m.multiply_float(scale, scale), self.variances[h])
+            usable = m.not_less_float(LARGEST_DEVIATION**2, variance)
+            counted = usable if is_scored is None else m.both(usable, is_scored)
+            tilted = m.subtract_float(z, variance)
+            weight = m.exp2(m.fma(variance, LOG2_E / 2, in_the_middle))
+            self._add(h, _bin(tilted, top)[0], m.as_int(_as_subnormal(weight)), counted)
+            bins.append(m.select(usable, m.as_int(_bin(z, top)[0]), 0))
+            seen.append((z, variance, tilted, counted))
         if h == 0:
             peaks = [*peaks[:-1], self._largest_scale(peaks[-1], scales, scored)]
 
         def see_peaks(peak):
-            usable = self._usable(variances, scored)
-            for z, variance, (_, counted) in zip(scores, variances, usable, strict=True):
-                tilted, log_weight = m.subtract_float(z, variance), m.fma(variance, -0.5, z)
-                tilted, log_weight = m.minimum(tilted, 3e38), m.minimum(log_weight, 3e38)
+            for z, variance, tilted, counted in seen:
+                tilted, log_weight = m.minimum(tilted, 3e38), m.minimum(m.fma(variance, -0.5, z), 3e38)
                 larger = m.both(counted, m.less_float(peak[0], tilted))
                 peak = [m.select(larger, new, old) for new, old in zip((tilted, log_weight), peak, strict=True)]
             return peak
 
         # Few tokens are above the bins.
-        above = m.negate(m.not_less_float(self.bases[h], highest))
+        above = m.negate(m.not_less_float(self.bases[h], functools.reduce(m.maximum, [x[2] for x in seen])))
         mine = m.update(above, peaks[2 * h : 2 * h + 2], see_peaks)
         return bins, [*peaks[: 2 * h], *mine, *peaks[2 * h + 2 :]]
-
-    def _usable(self, variances, scored):
-        """For each token, whether its deviation is one that counts, and whether it is counted."""
-        usable = [m.not_less_float(LARGEST_DEVIATION**2, variance) for variance in variances]
-        return [(u, u if s is None else m.both(u, s)) for u, s in zip(usable, scored, strict=True)]
-
-    def _see_tokens(self, h, scores, variances, usable):
-        """Add weights of tokens, `_usable` or None; returns the bins of z, and the highest z - sd^2."""
-        top, bins, highest = self.factors[h][2], [], None
-        in_the_middle = MASS_BITS - LOG2_E * (LARGEST_DEVIATION**2 / 2 + 0.5 / BINS_PER_NAT)
-        for z, variance, known in zip(scores, variances, usable, strict=True):
-            is_usable, counted = known or (None, None)
-            tilted = m.subtract_float(z, variance)
-            weight = m.exp2(m.fma(variance, LOG2_E / 2, in_the_middle))
-            self._add(h, _bin(tilted, top)[0], m.as_int(_as_subnormal(weight)), counted)
-            bin_ = m.as_int(_bin(z, top)[0])
-            bins.append(bin_ if is_usable is None else m.select(is_usable, bin_, 0))
-            highest = tilted if highest is None else m.maximum(highest, tilted)
-        return [*bins, highest]
 
     def _largest_scale(self, largest, scales, scored):
         for scale, is_scored in zip(scales, scored, strict=True):

@@ -221,9 +221,6 @@ class Emulator:
     def maximum(self, a, b):
         return np.fmax(self.value(a), self.value(b))
 
-    def maximum_or_nan(self, a, b):
-        return np.maximum(self.value(a), self.value(b))
-
     def minimum(self, a, b):
         return np.fmin(self.value(a), self.value(b))
 
@@ -253,14 +250,13 @@ class Emulator:
             body()
         self.mask = outer
 
-    def update(self, condition, carried, body, otherwise=list):
+    def update(self, condition, carried, body):
         result = list(carried)
 
-        def put(where, run):
-            result[:] = [np.where(where, new, old) for new, old in zip(run(carried), result, strict=True)]
+        def put():
+            result[:] = [np.where(condition, new, old) for new, old in zip(body(carried), carried, strict=True)]
 
-        for where, run in ((condition, body), (~condition, otherwise)):
-            self.when(where, lambda where=where, run=run: put(where, run))
+        self.when(condition, put)
         return result
 
     def loop(self, count, carried, body):

@@ -394,7 +394,7 @@ class TestOnHopper:
         """Blocks of several passes, which look back at those before; and the definition's tokens, and few others."""
         config, key = RaBitQConfig(), jax.random.key(0)
         query, cache = planted_case(make_case(Shape(4, 8, 4, 131072, 128)), config)
-        assert mosaic_compact.passes(4 * 8, 131072) > 1
+        assert mosaic_compact.passes_of(4 * 8, 131072) > 1
         attend = jax.jit(lambda query, cache: attention.attend_selected(query, cache, config, 128**-0.5, key))
         first, *others = [attend(query, cache) for _ in range(5)]
         held = jnp.arange(131072) < first[1].counts[..., None]
