@@ -45,10 +45,9 @@ def per_head(array, kv_heads: int):
     return pl.BlockSpec((None, None, *shape), lambda row, i: (row // kv_heads, row % kv_heads, *(0,) * len(shape)))
 
 
-def load_masked(ref, index, mask, other: float = 0, *, once: bool = False):
-    """Load `ref[index]` where mask holds, `other` elsewhere; index is a tuple of integer arrays of mask's shape. What is
-    loaded `once` is the first to leave the cache."""
-    return plt.load(ref.at[index], mask=mask, other=other, eviction_policy="evict_first" if once else None)
+def load_masked(ref, index, mask, other: float = 0):
+    """Load `ref[index]` where mask holds, `other` elsewhere; index is a tuple of integer arrays of mask's shape."""
+    return plt.load(ref.at[index], mask=mask, other=other)
 
 
 def store_masked(ref, index, value, mask):

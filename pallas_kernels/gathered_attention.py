@@ -22,7 +22,6 @@ LEAST_ROWS = 16
 TILE = 64
 PROGRAMS = 512
 LOWEST = -1e30
-ONCE = True
 COMBINED_COLUMNS, COMBINED_PARTS = 32, 128
 
 
@@ -112,7 +111,7 @@ def _attend_kernel(
 
     def load_rows(ref, head, index, valid):
         at = (head + 0 * dim, index[:, None] + 0 * dim, dim)
-        return _pallas.load_masked(ref, at, valid[:, None] & (dim < head_dim), once=ONCE)
+        return _pallas.load_masked(ref, at, valid[:, None] & (dim < head_dim))
 
     def attend_list(head, place, count, first, stop):
         query = load_query(query_ref, keys_ref.dtype, head)

@@ -24,7 +24,7 @@ from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT, HEADS, LARGEST_
 KINDS = 8
 WARPS, LANES = 4, 32
 # Blocks that keep the device busy, and the most that a list is split into.
-BLOCKS, LARGEST_PARTS = 1024, 64
+BLOCKS, LARGEST_PARTS = 512, 32
 # Below LARGEST_DEVIATION by more than rounding.
 SURE_DEVIATION = LARGEST_DEVIATION * (1 - 1e-5)
 POLYNOMIAL = (-1.26632515, 1.01540853, 0.265766302, 0.451911843, -0.688236429, 0.221466357)
