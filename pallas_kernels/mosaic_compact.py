@@ -1,15 +1,13 @@
 """Top-p on counted bins, and the list of the tokens it keeps, in one launch; for Hopper GPUs.
 
     a warp, each head in turn     counts of bins, 8 a lane -> sums from the best bin down -> how many bins are kept
-    a thread, 16 tokens in turn   bytes of all heads, compared as packed words -> 16 bits, sinks and window beside
+    a thread, 16 tokens in turn   bytes of all heads -> 16 bits, sinks and window beside
     a block                       its tokens' place behind those of the blocks before, which wait for no block behind
     a thread                      tokens of its bits, to the list
 
 Every block finds the thresholds anew: that takes less than a launch. Lists are in ascending order.
 
-Thresholds come from counts of scores (mosaic_top_p_threshold.py), or from the weights of scores with noise
-(mosaic_certified_threshold.py). The latter may keep a token in more bins than others, by its own deviation; few heads
-have such tokens, which are looked for only where a head's largest scales ask for it.
+What is kept is said by a rule of mosaic_rules.py.
 """
 
 import dataclasses
@@ -20,17 +18,14 @@ import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
 from pallas_kernels import mosaic_certified_threshold as certified
-from pallas_kernels import mosaic_top_p_threshold as t
-from pallas_kernels.mosaic_score_bins import BINS, State, state_words
+from pallas_kernels.mosaic_rules import LANE_TOKENS, LIMITS, Given, Rule, TopP, Weights
+from pallas_kernels.mosaic_score_bins import State, state_words
+from pallas_kernels.mosaic_top_p_threshold import warp_sum
 
-LANE_TOKENS = 16
 PASS_TOKENS = LANE_TOKENS * m.WARPGROUP
 # Passes of a block: so many that the blocks are on the device all at once, and still fill it.
 BLOCKS, LARGEST_PASSES = 640, 6
-LIMITS = certified.LIMITS
 GIVEN_PASSES = 2
-# Where the bound is among the numbers of a `rabitq_jax.certificate.Round`.
-BOUND = 5
 
 
 def passes_of(rows: int, tokens: int) -> int:
@@ -58,24 +53,28 @@ def compact(bins, base, exact_lse, state, quantized, length, *, sink: int, top_p
       in kept bins; mass float32 [B,K,H], share of the estimated mass that these hold.
     """
     reports = ((jnp.int32, ()), (jnp.float32, ()))
-    rule = _TopP(top_p=float(top_p))
-    return _call(rule, (base, exact_lse), bins, base.shape[2], state, quantized, length, reports, sink=sink)
+    rule, group = TopP(top_p=float(top_p)), bins.shape[2]
+    return _call(rule, (base, exact_lse), bins, group, base.shape[2], state, quantized, length, reports, sink=sink)
 
 
-def compact_noisy(bins, base, exact_lse, noise, scale, state, quantized, length, *, sink: int, rule: certified.Rule):
+def compact_noisy(
+    bins, base, exact_lse, noise, scale, state, quantized, length, *, group: int, sink: int, rule: certified.Rule
+):  # fmt: skip
     """The tokens that hold a share of the true mass; `rabitq_jax.thresholds.debiased_thresholds` and
     `certified_thresholds`.
 
     Args:
+      bins: int32 [B,K,H/4,T], of scores with noise.
       noise: float32 [B,K,H]; scale: bfloat16 [B,K,T].
-      Others: as of `compact`, of scores with noise.
+      group: G, the heads that are real.
+      Others: as of `compact`.
 
     Returns:
       indices and counts, as `compact`; limits float32 [B,K,H,LIMITS] of `mosaic_certified_threshold`.
     """
     inputs = base, exact_lse, noise, scale
     reports = ((jnp.float32, (LIMITS,)),)
-    return _call(_Weights(rule=rule), inputs, bins, base.shape[2], state, quantized, length, reports, sink=sink)
+    return _call(Weights(rule=rule), inputs, bins, group, base.shape[2], state, quantized, length, reports, sink=sink)
 
 
 def compact_given(
@@ -93,9 +92,10 @@ def compact_given(
     Returns:
       indices and counts, as `compact`.
     """
-    rule = _Given(deviations=float(deviations), top_p=float(top_p), group=summary.shape[2], numbers=summary.shape[3])
+    heads, group, numbers = limits.shape[2], *summary.shape[2:]
+    rule = Given(deviations=float(deviations), top_p=float(top_p), group=group, numbers=numbers)
     inputs = limits, summary, scale
-    return _call(rule, inputs, bins, limits.shape[2], state, quantized, length, (), sink=sink, passes=GIVEN_PASSES)
+    return _call(rule, inputs, bins, group, heads, state, quantized, length, (), sink=sink, passes=GIVEN_PASSES)
 
 
 def given_state_words(tokens: int) -> int:
@@ -103,9 +103,11 @@ def given_state_words(tokens: int) -> int:
     return state_words(0, -(-tokens // (PASS_TOKENS * GIVEN_PASSES)))
 
 
-def _call(rule, inputs, bins, heads: int, state, quantized, length, reports, *, sink: int, passes: int | None = None):
-    batch, kv_heads, group, quarter = bins.shape
-    rows, tokens = batch * kv_heads, 4 * quarter
+def _call(
+    rule: Rule, inputs, bins, group: int, heads: int, state, quantized, length, reports, *, sink: int, passes=None
+):  # fmt: skip
+    batch, kv_heads = bins.shape[:2]
+    rows, tokens = batch * kv_heads, rule.BINS.tokens(bins)
     passes = passes or passes_of(rows, tokens)
     sizes = _Sizes(
         kv_heads=kv_heads, group=group, heads=heads, tokens=tokens, passes=passes,
@@ -134,7 +136,7 @@ class _Sizes:
     blocks: int
     state_words: int
     sink: int
-    rule: "_Rule"
+    rule: Rule
 
     @property
     def block_tokens(self) -> int:
@@ -147,7 +149,7 @@ class _Sizes:
 
 
 def _kernel(sizes: _Sizes, bins, *refs):
-    """bins [R,G,T/4], the rule's inputs, quantized and length [B], state [R,Z]; indices [R,T], counts [R], the rule's
+    """bins [R,...], the rule's inputs, quantized and length [B], state [R,Z]; indices [R,T], counts [R], the rule's
     reports; shared memory: what each head keeps, bits of each thread [passes,128], kept tokens of each warp [passes,4],
     the block's place."""
     *refs, shared = refs
@@ -184,13 +186,10 @@ def _token(start, i):
 
 
 def _load_bins(sizes: _Sizes, bins, row, start, i):
-    """Words of this thread's tokens in pass i, 4 for each head in turn."""
+    """Words of this thread's tokens in pass i."""
     # A block may reach past the capacity, where no token is attended.
     token = m.minimum_signed(_token(start, i), sizes.tokens - LANE_TOKENS)
-    head_words = sizes.tokens // 4
-    word = m.add(m.multiply(m.multiply(row, sizes.group), head_words), m.right(token, 2))
-    at = m.address(bins, word)
-    return [w for head in range(sizes.group) for w in m.load(at, words=4, offset=4 * head_words * head)]
+    return sizes.rule.BINS.load(bins, row, token, sizes.group, sizes.tokens)
 
 
 def _find_limits(sizes: _Sizes, row, block, inputs, quantized, state, reports, shared):
@@ -210,163 +209,16 @@ def _find_limits(sizes: _Sizes, row, block, inputs, quantized, state, reports, s
         m.when(m.less(lane, 1), store)
 
 
-def _load_floats(arrays, place):
-    return [m.as_float(m.load(m.address(x, place))[0]) for x in arrays]
-
-
-class _Rule:
-    """What a head keeps. `INPUTS` arrays say it, beside the bins and, if `COUNTED`, the state; in shared memory it is
-    `WORDS` words, the first being how many bins are kept."""
-
-    INPUTS: int
-    WORDS: int
-    COUNTED = True
-
-    def length(self, inputs, row, length):
-        """Tokens of the row that may be listed, of those of its sequence."""
-        del inputs, row
-        return length
-
-    def find(self, inputs, place, head, lane, scored, state: State):
-        """A head's words, the same in all lanes; and a function of the arrays of reports and the place there."""
-        raise NotImplementedError
-
-    def more(self, sizes: "_Sizes", inputs, row, token, words, kept, shared):
-        """16 bits, of tokens that are kept besides; None where the rule has no such tokens."""
-        del sizes, inputs, row, token, words, kept, shared
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _TopP(_Rule):
-    """Bins that hold a share of the estimated mass."""
-
-    top_p: float
-    INPUTS, WORDS = 2, 1
-
-    def find(self, inputs, place, head, lane, scored, state: State):
-        top, lse = _load_floats(inputs, place)
-        peak = t.from_key(m.load(state.peak(head))[0])
-        words, above = t.load_bins(state, head, lane)
-        kept, tokens, share = t.threshold(self.top_p, lane, words[::2], words[1::2], above, top, peak, lse)
-
-        def report(reports, place):
-            m.store(m.address(reports[0], place), [tokens])
-            m.store(m.address(reports[1], place), [m.as_int(share)])
-
-        return [kept], report
-
-
-class _ByDeviation(_Rule):
-    """Bins kept for all tokens, and more for those whose scores could be those of single tokens of great weight."""
-
-    WORDS = 3
-
-    @property
-    def margin(self) -> bool:
-        """Whether any token is kept for its deviation."""
-        return True
-
-    def more(self, sizes: _Sizes, inputs, row, token, words, kept, shared):
-        if not self.margin:
-            return None
-        depths, gains = (
-            [m.as_float(m.load_shared(shared, offset=4 * (sizes.heads * i + head))[0]) for head in range(sizes.group)]
-            for i in (1, 2)
-        )
-
-        def look(_):
-            at = m.minimum_signed(token, sizes.tokens - LANE_TOKENS)
-            at = m.address(inputs[-1], m.right(m.add(m.multiply(row, sizes.tokens), at), 1))
-            pairs = [w for i in range(LANE_TOKENS // 8) for w in m.load(at, words=4, offset=16 * i)]
-            scales = [x for pair in pairs for x in m.bfloat16_pair(pair)]
-            largest = functools.reduce(m.maximum, scales)
-            bits = [m.value(0)]
-            for head, (depth, gain, kept_by_all) in enumerate(zip(depths, gains, kept, strict=True)):
-                matters = m.not_less(certified.bins_of(depth, gain, largest), kept_by_all)
-                bits = m.update(matters, bits, functools.partial(look_at_head, head, depth, gain, scales))
-            return bits
-
-        def look_at_head(head, depth, gain, scales, bits):
-            (found,) = bits
-            for i, scale in enumerate(scales):
-                byte = m.bit_and(m.right(words[LANE_TOKENS // 4 * head + i // 4], 8 * (i % 4)), BINS - 1)
-                is_kept = m.less(byte, m.add(certified.bins_of(depth, gain, scale), 1))
-                found = m.bit_or(found, m.select(is_kept, 1 << i, 0))
-            return [found]
-
-        deepest = functools.reduce(m.maximum, depths)
-        return m.update(m.less_float(certified.NEVER, deepest), [m.value(0)], look)[0]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Weights(_ByDeviation):
-    """Bins that hold a share of the true mass."""
-
-    rule: certified.Rule
-    INPUTS = 4
-
-    @property
-    def margin(self) -> bool:
-        return self.rule.certified
-
-    def find(self, inputs, place, head, lane, scored, state: State):
-        top, lse, noise = _load_floats(inputs[:3], place)
-        limits = certified.find_limits(self.rule, lane, state, head, top, lse, noise, scored)
-
-        def report(reports, place):
-            at = m.address(reports[0], m.multiply(place, LIMITS))
-            for i in range(0, LIMITS, 4):
-                m.store(at, [m.as_int(x) for x in limits[i : i + 4]], offset=4 * i)
-
-        largest_scale = m.as_float(m.load(state.largest_scale())[0])
-        return certified.words(limits, self.rule.deviations, largest_scale), report
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Given(_ByDeviation):
-    """Bins that limits say, in kv heads where a bound is below p."""
-
-    deviations: float
-    top_p: float
-    group: int
-    numbers: int
-    INPUTS, COUNTED = 3, False
-
-    def length(self, inputs, row, length):
-        at = m.address(inputs[1], m.multiply(row, self.group * self.numbers))
-        bounds = [m.as_float(m.load(at, offset=4 * (self.numbers * head + BOUND))[0]) for head in range(self.group)]
-        short = functools.reduce(m.either, [m.less_float(bound, self.top_p) for bound in bounds])
-        return m.select(short, length, 0)
-
-    def find(self, inputs, place, head, lane, scored, state: State):
-        at = m.address(inputs[0], m.multiply(place, LIMITS))
-        limits = [m.as_float(word) for i in range(0, LIMITS, 4) for word in m.load(at, words=4, offset=4 * i)]
-        return certified.words(limits, self.deviations, None), lambda reports, place: None
-
-
 def _masks(sizes: _Sizes, bins, inputs, row, words, start, quantized, length, shared):
     """16 bits a thread, for each pass: tokens that are attended. `words` are those of the first pass."""
-    # Byte x is at least k if, of its high bit and the carry of the lower bits into it, one is set (k < 128), or both.
-    # For k = 256 none is.
-    compare, kept_bins = [], [m.load_shared(shared, offset=4 * head)[0] for head in range(sizes.group)]
-    for kept in kept_bins:
-        addend = m.multiply(m.subtract(128, m.bit_and(kept, 127)), 0x01010101)
-        compare.append((m.select(m.less(kept, 256), addend, 0), m.select(m.less(kept, 128), 0xFFFFFFFF, 0)))
+    rule = sizes.rule
+    kept_by_head = [m.load_shared(shared, offset=4 * head)[0] for head in range(sizes.group)]
+    kept_bits = rule.BINS.compare(kept_by_head)
 
     def mask(i, words):
-        nibbles = []
-        for word in range(LANE_TOKENS // 4):
-            dropped = m.value(0x80808080)
-            for head, (addend, either) in enumerate(compare):
-                four = words[LANE_TOKENS // 4 * head + word]
-                carries = m.add(m.bit_and(four, 0x7F7F7F7F), addend)
-                dropped = m.bit_and(dropped, m.majority(carries, four, either))
-            kept = m.right(m.bit_xor(dropped, 0x80808080), 7)
-            # The lowest bits of four bytes, side by side.
-            nibbles.append(m.right(m.multiply(kept, 0x01020408), 24))
-        bits = functools.reduce(m.bit_or, [m.left(m.bit_and(n, 15), 4 * j) for j, n in enumerate(nibbles)])
         token = _token(start, i)
-        more = sizes.rule.more(sizes, inputs, row, token, words, kept_bins, shared)
+        bits = kept_bits(words)
+        more = rule.more(sizes.heads, sizes.tokens, inputs, row, token, words, kept_by_head, shared)
         bits = bits if more is None else m.bit_or(bits, more)
         below = [_bits_below(limit, token) for limit in (m.value(sizes.sink), quantized, length)]
         sinks, coded, held = below
@@ -435,5 +287,5 @@ def _store_place(sizes: _Sizes, lane, block, state, place_at):
         return [m.add(carried[0], m.select(is_before, m.subtract(published, 1), 0))]
 
     (mine,) = m.loop(m.right(m.add(block, 31), 5), [m.value(0)], add)
-    place = t.warp_sum(mine, m.add)
+    place = warp_sum(mine, m.add)
     m.when(m.less(lane, 1), lambda: m.store_shared(place_at, [place]))

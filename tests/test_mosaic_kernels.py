@@ -14,6 +14,7 @@ from pallas_kernels import (
     mosaic_certified_threshold,
     mosaic_compact,
     mosaic_found,
+    mosaic_rules,
     mosaic_score_bins,
     mosaic_top_p,
     mosaic_top_p_threshold,
@@ -169,8 +170,8 @@ def check_selection(shape, sharpness, offset, *, top_p=0.9, jit=lambda run: run)
 
 def emulate(monkeypatch):
     emulator = Emulator()
-    kernels = mosaic_score_bins, mosaic_compact, mosaic_top_p_threshold, mosaic_certified_threshold, mosaic_found
-    for module in kernels:
+    thresholds = mosaic_top_p_threshold, mosaic_certified_threshold
+    for module in (mosaic_score_bins, mosaic_compact, mosaic_rules, mosaic_found, *thresholds):
         monkeypatch.setattr(module, "m", emulator)
 
 
