@@ -292,11 +292,6 @@ def pack_bytes(words) -> ir.Value:
     return ptx("prmt.b32 $0, $1, $2, 0x5410;", [low, high], "r")[0]
 
 
-def choose_bytes(a, b, selector) -> ir.Value:
-    """Bytes of a (0 to 3) and b (4 to 7), by the digits of a selector."""
-    return ptx("prmt.b32 $0, $1, $2, $3;", [a, b, selector], "r")[0]
-
-
 def majority(a, b, c) -> ir.Value:
     """The bits that at least two of three words have."""
     return ptx("lop3.b32 $0, $1, $2, $3, 0xe8;", [a, b, c], "r")[0]

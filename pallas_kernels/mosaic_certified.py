@@ -29,7 +29,7 @@ def score_and_select(
         `mosaic_top_p.score_and_select`.
 
     Returns:
-      Bins int32 [B,K,H/4,T]; the state, int32 [B,K,Z], for `load_spreads`; and indices int32 [B,K,T], counts int32
+      Bins int32 [B,K,G,T/4]; the state, int32 [B,K,Z], for `load_spreads`; and indices int32 [B,K,T], counts int32
       [B,K] and limits float32 [B,K,H,LIMITS].
 
     Raises:
@@ -41,7 +41,7 @@ def score_and_select(
         group=group, first=sink, stop=quantized, noise=noise,
     )  # fmt: skip
     chosen = mosaic_compact.compact_noisy(
-        bins, base, exact_lse, noise, scale, state, quantized, length, group=group, sink=sink, rule=rule
+        bins, base, exact_lse, noise, scale, state, quantized, length, sink=sink, rule=rule
     )
     return bins, jax.freeze(state), chosen
 

@@ -53,28 +53,26 @@ def compact(bins, base, exact_lse, state, quantized, length, *, sink: int, top_p
       in kept bins; mass float32 [B,K,H], share of the estimated mass that these hold.
     """
     reports = ((jnp.int32, ()), (jnp.float32, ()))
-    rule, group = TopP(top_p=float(top_p)), bins.shape[2]
-    return _call(rule, (base, exact_lse), bins, group, base.shape[2], state, quantized, length, reports, sink=sink)
+    rule = TopP(top_p=float(top_p))
+    return _call(rule, (base, exact_lse), bins, base.shape[2], state, quantized, length, reports, sink=sink)
 
 
 def compact_noisy(
-    bins, base, exact_lse, noise, scale, state, quantized, length, *, group: int, sink: int, rule: certified.Rule
+    bins, base, exact_lse, noise, scale, state, quantized, length, *, sink: int, rule: certified.Rule
 ):  # fmt: skip
     """The tokens that hold a share of the true mass; `rabitq_jax.thresholds.debiased_thresholds` and
     `certified_thresholds`.
 
     Args:
-      bins: int32 [B,K,H/4,T], of scores with noise.
       noise: float32 [B,K,H]; scale: bfloat16 [B,K,T].
-      group: G, the heads that are real.
-      Others: as of `compact`.
+      Others: as of `compact`, of scores with noise.
 
     Returns:
       indices and counts, as `compact`; limits float32 [B,K,H,LIMITS] of `mosaic_certified_threshold`.
     """
     inputs = base, exact_lse, noise, scale
     reports = ((jnp.float32, (LIMITS,)),)
-    return _call(Weights(rule=rule), inputs, bins, group, base.shape[2], state, quantized, length, reports, sink=sink)
+    return _call(Weights(rule=rule), inputs, bins, base.shape[2], state, quantized, length, reports, sink=sink)
 
 
 def compact_given(
@@ -92,10 +90,9 @@ def compact_given(
     Returns:
       indices and counts, as `compact`.
     """
-    heads, group, numbers = limits.shape[2], *summary.shape[2:]
-    rule = Given(deviations=float(deviations), top_p=float(top_p), group=group, numbers=numbers)
+    rule = Given(deviations=float(deviations), top_p=float(top_p), group=summary.shape[2], numbers=summary.shape[3])
     inputs = limits, summary, scale
-    return _call(rule, inputs, bins, group, heads, state, quantized, length, (), sink=sink, passes=GIVEN_PASSES)
+    return _call(rule, inputs, bins, limits.shape[2], state, quantized, length, (), sink=sink, passes=GIVEN_PASSES)
 
 
 def given_state_words(tokens: int) -> int:
@@ -103,11 +100,9 @@ def given_state_words(tokens: int) -> int:
     return state_words(0, -(-tokens // (PASS_TOKENS * GIVEN_PASSES)))
 
 
-def _call(
-    rule: Rule, inputs, bins, group: int, heads: int, state, quantized, length, reports, *, sink: int, passes=None
-):  # fmt: skip
-    batch, kv_heads = bins.shape[:2]
-    rows, tokens = batch * kv_heads, rule.BINS.tokens(bins)
+def _call(rule: Rule, inputs, bins, heads: int, state, quantized, length, reports, *, sink: int, passes=None):
+    batch, kv_heads, group = bins.shape[:3]
+    rows, tokens = batch * kv_heads, 4 * bins.shape[3]
     passes = passes or passes_of(rows, tokens)
     sizes = _Sizes(
         kv_heads=kv_heads, group=group, heads=heads, tokens=tokens, passes=passes,
@@ -149,7 +144,7 @@ class _Sizes:
 
 
 def _kernel(sizes: _Sizes, bins, *refs):
-    """bins [R,...], the rule's inputs, quantized and length [B], state [R,Z]; indices [R,T], counts [R], the rule's
+    """bins [R,G,T/4], the rule's inputs, quantized and length [B], state [R,Z]; indices [R,T], counts [R], the rule's
     reports; shared memory: what each head keeps, bits of each thread [passes,128], kept tokens of each warp [passes,4],
     the block's place."""
     *refs, shared = refs
@@ -186,10 +181,12 @@ def _token(start, i):
 
 
 def _load_bins(sizes: _Sizes, bins, row, start, i):
-    """Words of this thread's tokens in pass i."""
+    """Words of this thread's tokens in pass i, 4 for each head in turn."""
     # A block may reach past the capacity, where no token is attended.
     token = m.minimum_signed(_token(start, i), sizes.tokens - LANE_TOKENS)
-    return sizes.rule.BINS.load(bins, row, token, sizes.group, sizes.tokens)
+    word = m.add(m.multiply(m.multiply(row, sizes.group), sizes.tokens // 4), m.right(token, 2))
+    at = m.address(bins, word)
+    return [w for head in range(sizes.group) for w in m.load(at, words=4, offset=sizes.tokens * head)]
 
 
 def _find_limits(sizes: _Sizes, row, block, inputs, quantized, state, reports, shared):
@@ -211,14 +208,27 @@ def _find_limits(sizes: _Sizes, row, block, inputs, quantized, state, reports, s
 
 def _masks(sizes: _Sizes, bins, inputs, row, words, start, quantized, length, shared):
     """16 bits a thread, for each pass: tokens that are attended. `words` are those of the first pass."""
-    rule = sizes.rule
-    kept_by_head = [m.load_shared(shared, offset=4 * head)[0] for head in range(sizes.group)]
-    kept_bits = rule.BINS.compare(kept_by_head)
+    # Byte x is at least k if, of its high bit and the carry of the lower bits into it, one is set (k < 128), or both.
+    # For k = 256 none is.
+    compare, kept_bins = [], [m.load_shared(shared, offset=4 * head)[0] for head in range(sizes.group)]
+    for kept in kept_bins:
+        addend = m.multiply(m.subtract(128, m.bit_and(kept, 127)), 0x01010101)
+        compare.append((m.select(m.less(kept, 256), addend, 0), m.select(m.less(kept, 128), 0xFFFFFFFF, 0)))
 
     def mask(i, words):
+        nibbles = []
+        for word in range(LANE_TOKENS // 4):
+            dropped = m.value(0x80808080)
+            for head, (addend, either) in enumerate(compare):
+                four = words[LANE_TOKENS // 4 * head + word]
+                carries = m.add(m.bit_and(four, 0x7F7F7F7F), addend)
+                dropped = m.bit_and(dropped, m.majority(carries, four, either))
+            kept = m.right(m.bit_xor(dropped, 0x80808080), 7)
+            # The lowest bits of four bytes, side by side.
+            nibbles.append(m.right(m.multiply(kept, 0x01020408), 24))
+        bits = functools.reduce(m.bit_or, [m.left(m.bit_and(n, 15), 4 * j) for j, n in enumerate(nibbles)])
         token = _token(start, i)
-        bits = kept_bits(words)
-        more = rule.more(sizes.heads, sizes.tokens, inputs, row, token, words, kept_by_head, shared)
+        more = sizes.rule.more(sizes.heads, sizes.tokens, inputs, row, token, words, kept_bins, shared)
         bits = bits if more is None else m.bit_or(bits, more)
         below = [_bits_below(limit, token) for limit in (m.value(sizes.sink), quantized, length)]
         sinks, coded, held = below

@@ -44,7 +44,7 @@ def found_sums(
     Args:
       indices: int32 [B,K,T]; counts: int32 [B,K].
       logits: float32 [R,G,T], the exact logits of the listed tokens, in the lists' order; R = B K.
-      bins: int32 [B,K,H/4,T], of `mosaic_score_bins.score_bins`; scale: bfloat16 [B,K,T]; quantized: int32 [B].
+      bins: int32 [B,K,G,T/4], of `mosaic_score_bins.score_bins`; scale: bfloat16 [B,K,T]; quantized: int32 [B].
       limits: float32 [B,K,H,LIMITS].
       Others: as in `verified_attention.verified_attention`.
 
@@ -54,7 +54,7 @@ def found_sums(
     batch, kv_heads, heads = limits.shape[:3]
     rows, groups = batch * kv_heads, heads // HEADS
     sizes = _Sizes(
-        kv_heads=kv_heads, group=logits.shape[1], groups=groups, tokens=indices.shape[-1], parts=parts(rows * groups),
+        kv_heads=kv_heads, group=bins.shape[2], groups=groups, tokens=indices.shape[-1], parts=parts(rows * groups),
         sink=sink, deviations=deviations, least_deviation=least_deviation, far=far, largest_log=largest_log,
     )  # fmt: skip
     return m.call(
@@ -86,7 +86,7 @@ class _Sizes:
 
 
 def _kernel(sizes: _Sizes, indices, counts, logits, bins, scale, quantized, limits, sums, shared):
-    """indices [R,T], counts [R], logits [R,G,T], bins [R,H/4,T], scale [R,T], quantized [B], limits [R,H,LIMITS]; sums
+    """indices [R,T], counts [R], logits [R,G,T], bins [R,G,T/4], scale [R,T], quantized [B], limits [R,H,LIMITS]; sums
     [R,H/4,N,32]; shared memory: sums of each warp [4,32]."""
     some = m.divide(m.block_index(), sizes.parts)
     part = m.subtract(m.block_index(), m.multiply(some, sizes.parts))
@@ -96,7 +96,7 @@ def _kernel(sizes: _Sizes, indices, counts, logits, bins, scale, quantized, limi
     # From the first scored token on, in unsigned numbers: an empty range must not be less than empty.
     scored_tokens = m.subtract(m.maximum_signed(quantized, sizes.sink), sizes.sink)
     count = m.load(m.address(counts, row))[0]
-    heads = [_Head(sizes, row, m.add(first_head, i), logits, limits) for i in range(sizes.heads)]
+    heads = [_Head(sizes, row, m.add(first_head, i), logits, bins, limits) for i in range(sizes.heads)]
     first = m.add(m.multiply(part, m.WARPGROUP), m.thread_index())
 
     def add_token(i, totals):
@@ -108,13 +108,8 @@ def _kernel(sizes: _Sizes, indices, counts, logits, bins, scale, quantized, limi
         low, high = m.bfloat16_pair(pair)
         of_token = m.select(m.less(m.bit_and(token, 1), 1), low, high)
         is_scored = m.less(m.subtract(token, sizes.sink), scored_tokens)
-        four = m.load(m.address(bins, m.add(m.multiply(some, sizes.tokens), token)))[0]
-        found = [m.bit_and(m.right(four, 8 * i), BINS - 1) for i in range(sizes.heads)]
-        true = [head.load(place) for head in heads]
-        terms = [
-            head.terms(logit, bin_, of_token, is_listed, is_scored)
-            for head, logit, bin_ in zip(heads, true, found, strict=True)
-        ]
+        loads = [head.load(place, token) for head in heads]
+        terms = [head.terms(*load, of_token, is_listed, is_scored) for head, load in zip(heads, loads, strict=True)]
         return [m.add_float(old, new) for old, new in zip(totals, [x for four in terms for x in four], strict=True)]
 
     # Runs of this part, the same in all threads.
@@ -127,12 +122,12 @@ def _kernel(sizes: _Sizes, indices, counts, logits, bins, scale, quantized, limi
 class _Head:
     """A query head: addresses, and what its limits say."""
 
-    def __init__(self, sizes: _Sizes, row, head, logits, limits):
-        self.sizes, self.logits = sizes, logits
+    def __init__(self, sizes: _Sizes, row, head, logits, bins, limits):
+        self.sizes, self.logits, self.bins = sizes, logits, bins
         # Padded heads do what the last one does.
         real = head if sizes.group % HEADS == 0 or sizes.group < HEADS else m.minimum_signed(head, sizes.group - 1)
         place = m.add(m.multiply(row, sizes.group), real)
-        self.first_logit = m.multiply(place, sizes.tokens)
+        self.first_logit, self.first_word = m.multiply(place, sizes.tokens), m.multiply(place, sizes.tokens // 4)
         padded = m.add(m.multiply(row, HEADS * sizes.groups), real)
         at = m.address(limits, m.multiply(padded, LIMITS))
         self.noise, self.peak, self.base, self.kept = map(m.as_float, m.load(at, words=4))
@@ -142,9 +137,11 @@ class _Head:
         edge = m.fma(self.kept, -1 / BINS_PER_NAT, self.base)
         self.bulk = m.select(m.less(self.kept_by_all, BINS), edge, float("-inf"))
 
-    def load(self, place):
-        """The exact logit of a token in the list."""
-        return m.as_float(m.load(m.address(self.logits, m.add(self.first_logit, place)))[0])
+    def load(self, place, token):
+        """A token's exact logit, and the bin of its score."""
+        logit = m.as_float(m.load(m.address(self.logits, m.add(self.first_logit, place)))[0])
+        word = m.load(m.address(self.bins, m.add(self.first_word, m.right(token, 2))))[0]
+        return logit, m.bit_and(m.right(word, m.left(m.bit_and(token, 3), 3)), BINS - 1)
 
     def terms(self, logit, bin_, scale, is_listed, is_scored):
         """The token's `KINDS` terms."""

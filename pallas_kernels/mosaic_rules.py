@@ -1,11 +1,8 @@
-"""What compaction keeps of a row: rules that say in how many bins a head's tokens are kept, and two layouts of bins.
+"""What compaction keeps of a row: rules that say in how many bins a head's tokens are kept.
 
 A rule comes from counts of scores (mosaic_top_p_threshold.py), or from the weights of scores with noise
 (mosaic_certified_threshold.py). The latter may keep a token in more bins than others, by its own deviation; few heads
 have such tokens, which are looked for only where a head's largest scales ask for it.
-
-Bytes are compared four at a time: byte x is at least k if, of its high bit and the carry of the lower bits into it, one
-is set (k < 128), or both; for k = 256 none is.
 """
 
 import dataclasses
@@ -14,103 +11,12 @@ import functools
 from pallas_kernels import _mosaic as m
 from pallas_kernels import mosaic_certified_threshold as certified
 from pallas_kernels import mosaic_top_p_threshold as t
-from pallas_kernels.mosaic_score_bins import BINS, HEADS, State
+from pallas_kernels.mosaic_score_bins import BINS, State
 
 LANE_TOKENS = 16
 LIMITS = certified.LIMITS
 # Where the bound is among the numbers of a `rabitq_jax.certificate.Round`.
 BOUND = 5
-HIGH_BITS = 0x80808080
-
-
-def _not_kept(four, addend, either):
-    """High bits of the bytes that are not kept; the others mean nothing."""
-    return m.majority(m.add(m.bit_and(four, 0x7F7F7F7F), addend), four, either)
-
-
-def _addend(kept):
-    """What carries into the high bit of a byte whose lower bits are too large; one byte."""
-    return m.select(m.less(kept, BINS), m.subtract(128, m.bit_and(kept, 127)), 0)
-
-
-class ByHead:
-    """Bins int32 [R,G,T/4]: a word holds four tokens of a head."""
-
-    @staticmethod
-    def tokens(bins) -> int:
-        return 4 * bins.shape[-1]
-
-    @staticmethod
-    def load(bins, row, token, group: int, tokens: int):
-        """Words of 16 tokens, 4 for each head in turn."""
-        word = m.add(m.multiply(m.multiply(row, group), tokens // 4), m.right(token, 2))
-        at = m.address(bins, word)
-        return [w for head in range(group) for w in m.load(at, words=4, offset=tokens * head)]
-
-    @staticmethod
-    def compare(kept_by_head):
-        """A function of words, to 16 bits: tokens that a head keeps."""
-        compare = [
-            (m.multiply(_addend(kept), 0x01010101), m.select(m.less(kept, 128), 0xFFFFFFFF, 0)) for kept in kept_by_head
-        ]
-
-        def kept_bits(words):
-            nibbles = []
-            for word in range(LANE_TOKENS // 4):
-                dropped = m.value(HIGH_BITS)
-                for head, numbers in enumerate(compare):
-                    dropped = m.bit_and(dropped, _not_kept(words[LANE_TOKENS // 4 * head + word], *numbers))
-                kept = m.right(m.bit_xor(dropped, HIGH_BITS), 7)
-                # The lowest bits of four bytes, side by side.
-                nibbles.append(m.right(m.multiply(kept, 0x01020408), 24))
-            return functools.reduce(m.bit_or, [m.left(m.bit_and(n, 15), 4 * j) for j, n in enumerate(nibbles)])
-
-        return kept_bits
-
-
-class ByToken:
-    """Bins int32 [R,H/4,T]: a word holds a token of four heads, so that a token alone is soon read."""
-
-    @staticmethod
-    def tokens(bins) -> int:
-        return bins.shape[-1]
-
-    @staticmethod
-    def load(bins, row, token, group: int, tokens: int):
-        """Words of 16 tokens, for each four heads in turn."""
-        groups = -(-group // HEADS)
-        at = m.address(bins, m.add(m.multiply(m.multiply(row, groups), tokens), token))
-        fours = range(0, LANE_TOKENS, 4)
-        return [w for i in range(groups) for j in fours for w in m.load(at, words=4, offset=4 * (tokens * i + j))]
-
-    @staticmethod
-    def compare(kept_by_head):
-        """A function of words, to 16 bits: tokens that a head keeps."""
-        # Padded heads keep nothing.
-        kept_by_head = [*kept_by_head, *[m.value(0)] * (-len(kept_by_head) % HEADS)]
-        compare = []
-        for first in range(0, len(kept_by_head), HEADS):
-            four = list(enumerate(kept_by_head[first : first + HEADS]))
-            numbers = [m.left(_addend(kept), 8 * i) for i, kept in four]
-            either = [m.select(m.less(kept, 128), 0xFF << 8 * i, 0) for i, kept in four]
-            compare.append((functools.reduce(m.bit_or, numbers), functools.reduce(m.bit_or, either)))
-
-        def kept_bits(words):
-            bits = m.value(0)
-            for i in range(LANE_TOKENS):
-                dropped = m.value(HIGH_BITS)
-                for group, numbers in enumerate(compare):
-                    dropped = m.bit_and(dropped, _not_kept(words[LANE_TOKENS * group + i], *numbers))
-                is_dropped = m.less(m.bit_xor(dropped, HIGH_BITS), 1)
-                bits = m.bit_or(bits, m.select(is_dropped, 0, 1 << i))
-            return bits
-
-        return kept_bits
-
-    @staticmethod
-    def bin(words, head: int, i: int):
-        """That of token i of 16."""
-        return m.bit_and(m.right(words[LANE_TOKENS * (head // HEADS) + i], 8 * (head % HEADS)), BINS - 1)
 
 
 def _load_floats(arrays, place):
@@ -123,7 +29,6 @@ class Rule:
 
     INPUTS: int
     WORDS: int
-    BINS: type[ByHead] | type[ByToken] = ByToken
     COUNTED = True
 
     def length(self, inputs, row, length):
@@ -145,7 +50,7 @@ class TopP(Rule):
     """Bins that hold a share of the estimated mass."""
 
     top_p: float
-    INPUTS, WORDS, BINS = 2, 1, ByHead
+    INPUTS, WORDS = 2, 1
 
     def find(self, inputs, place, head, lane, scored, state: State):
         top, lse = _load_floats(inputs, place)
@@ -193,7 +98,8 @@ class _ByDeviation(Rule):
         def look_at_head(head, depth, gain, scales, bits):
             (found,) = bits
             for i, scale in enumerate(scales):
-                is_kept = m.less(ByToken.bin(words, head, i), m.add(certified.bins_of(depth, gain, scale), 1))
+                byte = m.bit_and(m.right(words[LANE_TOKENS // 4 * head + i // 4], 8 * (i % 4)), BINS - 1)
+                is_kept = m.less(byte, m.add(certified.bins_of(depth, gain, scale), 1))
                 found = m.bit_or(found, m.select(is_kept, 1 << i, 0))
             return [found]
 

@@ -77,8 +77,7 @@ def score_bins(
       first: python int; stop: int32 [B]. Tokens in [first, stop) are scored.
 
     Returns:
-      Bins, undefined outside [first, stop): int32 [B,K,G,T/4], a byte a token, lowest first; of scores with noise int32
-      [B,K,H/4,T], a byte a head, which takes less to read single tokens.
+      Bins int32 [B,K,G,T/4], a byte a token, lowest first, undefined outside [first, stop).
 
     Raises:
       NotImplementedError: `takes` is False.
@@ -98,11 +97,10 @@ def score_bins(
         noisy=noise is not None,
     )  # fmt: skip
     optional = [x for x in (bias, noise) if x is not None]
-    shape = (group, tokens // 4) if noise is None else (sizes.groups, tokens)
     return m.call(
         functools.partial(_kernel, sizes),
         name="score_bins",
-        out_type=jax.ShapeDtypeStruct((batch, kv_heads, *shape), jnp.int32),
+        out_type=jax.ShapeDtypeStruct((batch, kv_heads, group, tokens // 4), jnp.int32),
         blocks=batch * kv_heads * (tokens // block),
         shared_words=heads * BINS + heads,
     )(planes, factors, base, shift, bits, scale, *optional, stop, state)
@@ -171,7 +169,7 @@ class _Sizes:
 
 def _kernel(sizes: _Sizes, planes, factors, base, shift, bits, scale, *rest):
     """planes [R,H,4,W], factors [R,H,2], base [R,H], shift [R,H,C], bits [R,T,W], scale (and bias) [R,T], (noise [R,H])
-    stop [B]; state [R,Z], added to; bins [R,...]; shared memory. R rows of kv heads, H = heads padded to 4."""
+    stop [B]; state [R,Z], added to; bins [R,G,T/4]; shared memory. R rows of kv heads, H = heads padded to 4."""
     *optional, stop, state, bins, shared = rest
     bias = optional[: sizes.bias_gain is not None]
     noise = optional[-1] if sizes.noisy else None
@@ -291,15 +289,13 @@ class _Scorer:
             if bias is not None:
                 scores = [m.fma(x, sizes.bias_gain, z) for x, z in zip(bias, scores, strict=True)]
             packed, peaks = self.see_scores(h, scores, scale, scored, peaks)
-            self.store(h, token, m.pack_bytes(packed))
+            head = m.add(self.t, HEADS * h)
+            word = m.add(
+                m.multiply(m.add(m.multiply(self.row, sizes.group), head), sizes.tokens // 4), m.right(token, 2)
+            )
+            real = None if HEADS * h + HEADS <= sizes.group else m.less(head, sizes.group)
+            m.store(m.address(self.bins, word), [m.pack_bytes(packed)], where=real)
         return peaks
-
-    def store(self, h, token, four):
-        """Bins of four tokens of this lane's head of group h."""
-        sizes, head = self.sizes, m.add(self.t, HEADS * h)
-        word = m.add(m.multiply(m.add(m.multiply(self.row, sizes.group), head), sizes.tokens // 4), m.right(token, 2))
-        real = None if HEADS * h + HEADS <= sizes.group else m.less(head, sizes.group)
-        m.store(m.address(self.bins, word), [four], where=real)
 
     def see_scores(self, h, scores, scales, scored, peaks):
         """Count four tokens' scores in their bins: i32 whose lowest bytes these are; and the largest scores so far."""
@@ -363,16 +359,6 @@ class _WeightScorer(_Scorer):
         above = m.negate(m.not_less_float(self.bases[h], functools.reduce(m.maximum, [x[2] for x in seen])))
         mine = m.update(above, peaks[2 * h : 2 * h + 2], see_peaks)
         return bins, [*peaks[: 2 * h], *mine, *peaks[2 * h + 2 :]]
-
-    def store(self, h, token, four):
-        """Bins of four tokens of this lane's head of group h. The lanes of a quad exchange them, so that each stores
-        the word of one token."""
-        for lanes, mine, others in ((1, 0x6240, 0x3715), (2, 0x5410, 0x3276)):
-            selector = m.select(m.less(m.bit_and(self.t, lanes), 1), mine, others)
-            four = m.choose_bytes(four, m.shuffle_xor(four, lanes), selector)
-        row = m.add(m.multiply(self.row, self.sizes.groups), h)
-        word = m.add(m.multiply(row, self.sizes.tokens), m.add(token, self.t))
-        m.store(m.address(self.bins, word), [four])
 
     def _largest_scale(self, largest, scales, scored):
         for scale, is_scored in zip(scales, scored, strict=True):

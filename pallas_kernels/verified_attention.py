@@ -171,7 +171,7 @@ def _finish_kernel(
         zero = jnp.zeros((KINDS,), jnp.float32)
         total = jax.lax.fori_loop(0, pl.cdiv(number, at_once), add, zero)
         sums = tuple(jnp.sum(jnp.where(kind == i, total, 0.0)) for i in range(KINDS))
-        for i, x in enumerate(conclude(head, sums, *known_refs) if conclude else sums):
+        for i, x in enumerate(conclude(sums, count_ref[...], *known_refs) if conclude else sums):
             found_ref[i] = x
 
 
@@ -216,10 +216,10 @@ def verified_attention_of_bins(
     """The same of bins of scores, on Hopper GPUs.
 
     Args:
-      bins: int32 [B,K,H/4,T] of `mosaic_score_bins`.
+      bins: int32 [B,K,G,T/4] of `mosaic_score_bins`.
       limits: float32 [B,K,H,LIMITS] of `mosaic_certified_threshold`.
-      conclude: function of a query head's number in its group, its sums, and references to what is `known` of it, to
-        the float32 numbers that follow; None for the sums themselves.
+      conclude: function of a query head's sums, its list's length, and references to what is `known` of it, to the
+        float32 numbers that follow; None for the sums themselves.
       known: pairs of an array and the `BlockSpec` of its part, for programs (kv head, query head, columns).
       numbers: how many `conclude` finds, a power of two.
       Others: as of `verified_attention`.

@@ -114,12 +114,10 @@ class Round:
 
     Attributes:
       out: float32 [B,K,G,D].
-      counts: int32 [B,K], tokens attended.
       summary: float32 [B,K,G,8], `summarize` in one array, so that it takes little to pass it on.
     """
 
     out: jax.Array
-    counts: jax.Array
     summary: jax.Array
 
     @property
@@ -127,15 +125,21 @@ class Round:
         return Certificate(*(self.summary[..., i] for i in range(6)))
 
     @property
+    def counts(self) -> jax.Array:
+        """int32 [B,K], tokens attended."""
+        return self.summary[:, :, 0, 7].astype(jnp.int32)
+
+    @property
     def number(self) -> jax.Array:
         """float32 [B,K,G], scored tokens that the head selected itself."""
         return self.summary[..., 6]
 
 
-def summarize(certificate: Certificate, found: Found) -> tuple[jax.Array, ...]:
-    """The fields of a certificate, the number of tokens, and a zero."""
+def summarize(certificate: Certificate, found: Found, count) -> tuple[jax.Array, ...]:
+    """The fields of a certificate, the number of the head's own tokens, and how many the kv head attends: float32 holds
+    integers up to 2^24."""
     fields = (getattr(certificate, field.name) for field in dataclasses.fields(certificate))
-    return *fields, found.number, 0 * found.number
+    return *fields, found.number, count.astype(jnp.float32)
 
 
 def certify(found: Found, below, attended, own, scored, mass: HeadMass, thresholds: Thresholds) -> Certificate:

@@ -64,31 +64,28 @@ def attend_certified(
         first = last = estimates.attend(indices, counts, limits)
     short, read = jnp.zeros(query.shape[:3], bool), counts
     if config.selection == "certified" and config.top_p < 1:
-        is_short = lambda last: last.certificate.bound < config.top_p  # noqa: E731
+        short = first.certificate.bound < config.top_p
+        rows = jnp.any(short, axis=-1)
 
-        def pick(new, old, short):
+        def pick(new, old):
             """The second round's where a kv head had one."""
-            rows = jnp.any(short, axis=-1)
             return jnp.where(rows.reshape(*rows.shape, *(1,) * (new.ndim - 2)), new, old)
 
-        def extend(state):
-            first, _, _ = state
-            lower, short = estimates.lower(limits, first), is_short(first)
+        def extend(first):
+            lower = estimates.lower(limits, first)
             second = estimates.attend(*estimates.keep(lower, first), lower)
-            last = jax.tree.map(lambda new, old: pick(new, old, short), second, first)
-            return last, first.counts + second.counts, short
+            return jax.tree.map(pick, second, first)
 
-        # Once at the most. A branch would copy what it passes on, where a loop that is not entered leaves it in place.
         with jax.named_scope("extend"):
-            last, read, short = jax.lax.while_loop(
-                lambda state: jnp.any(is_short(state[0])) & ~jnp.any(state[2]), extend, (first, counts, short)
-            )
-            # The list has a branch of its own, which is left out where nobody asks.
+            last = jax.lax.cond(jnp.any(short), extend, lambda first: first, first)
+            # A branch copies what it passes on. So the list has one of its own, which is left out where nobody asks.
             indices = jax.lax.cond(
                 jnp.any(short),
-                lambda: pick(estimates.keep(estimates.lower(limits, first), first)[0], indices, short),
-                lambda: indices,
+                lambda first: pick(estimates.keep(estimates.lower(limits, first), first)[0], indices),
+                lambda first: indices,
+                first,
             )
+        read = counts + jnp.where(rows, last.counts, 0)
     verified, bound = last.certificate.verified, last.certificate.bound
     out = _add_tail(last.out, verified, cache, config) if config.tail == "mean" else last.out
     selection = Selection(

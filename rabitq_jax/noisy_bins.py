@@ -94,14 +94,13 @@ def read_limits(limits_ref) -> _Limits:
     return _Limits(*(limits_ref[i] for i in range(LIMITS)))
 
 
-def conclude(head, sums, quantized_ref, limits_ref, *, sink: int, deviations: float):
-    """`summarize` of a query head, in a kernel: from its sums, quantized [] and its limits [LIMITS]."""
-    del head
+def conclude(sums, count, quantized_ref, limits_ref, *, sink: int, deviations: float):
+    """`summarize` of a query head, in a kernel: from its sums, its list's length, quantized [] and limits [LIMITS]."""
     limits = read_limits(limits_ref)
     attended, own, found = masses(sums)
     scored = jnp.maximum(quantized_ref[...] - sink, 0).astype(jnp.float32)
     certificate = certify(found, limits.below, attended, own, scored, limits.mass, limits.thresholds(deviations))
-    return summarize(certificate, found)
+    return summarize(certificate, found, count)
 
 
 def lower_limits(head, summary_ref, limits_ref, state_ref, *, deviations: float, top_p: float):
@@ -177,7 +176,7 @@ class NoisyBins:
             sink=sink, deviations=self._deviations, **CONSTANTS,
             conclude=functools.partial(conclude, sink=sink, deviations=self._deviations), known=known,
         )  # fmt: skip
-        return Round(out=out, counts=counts, summary=summary)
+        return Round(out=out, summary=summary)
 
     def lower(self, limits, first: Round) -> jax.Array:
         """Limits of the second round."""

@@ -81,7 +81,8 @@ class NoisyScores:
         )  # fmt: skip
         scored = jnp.maximum(self._cache.quantized - self._config.sink, 0)[:, None, None]
         certificate = certify(found, below, attended, own, scored, self._mass, thresholds)
-        return Round(out=out, counts=counts, summary=jnp.stack(summarize(certificate, found), axis=-1))
+        summary = jnp.broadcast_arrays(*summarize(certificate, found, counts[..., None]))
+        return Round(out=out, summary=jnp.stack(summary, axis=-1))
 
     def lower(self, limits, first: Round) -> tuple[Thresholds, jax.Array]:
         """Limits of the second round."""

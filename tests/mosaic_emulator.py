@@ -244,11 +244,6 @@ class Emulator:
     def pack_bytes(self, words):
         return sum(((word & np.uint32(255)) << np.uint32(8 * i) for i, word in enumerate(words)), np.uint32(0))
 
-    def choose_bytes(self, a, b, selector):
-        both = np.stack([x >> np.uint32(8 * i) & np.uint32(255) for x in (a, b) for i in range(4)])
-        digits = [self.value(selector) >> np.uint32(4 * i) & np.uint32(7) for i in range(4)]
-        return self.pack_bytes([np.take_along_axis(both, digit[None].astype(np.int64), axis=0)[0] for digit in digits])
-
     def when(self, condition, body):
         outer, self.mask = self.mask, self.mask & condition
         if self.mask.any():

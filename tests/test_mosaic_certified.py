@@ -56,12 +56,6 @@ def spreads_of(state, heads):
     return (low + 2.0**32 * high) * MASS_UNIT
 
 
-def bytes_of(bins, group):
-    """The bins int32 [B,K,H/4,T] of G heads: uint8 [B,K,G,T]."""
-    by_head = np.moveaxis(np.asarray(bins)[..., None].view(np.uint8), -1, 3)
-    return by_head.reshape(*by_head.shape[:2], -1, by_head.shape[-1])[:, :, :group]
-
-
 def select(shape, arguments, noise, base, exact_lse, quantized, length, rule):
     levels, bits, gain, scale, bias, bias_gain, shift = arguments
     return mosaic_certified.score_and_select(
@@ -87,7 +81,7 @@ def check_selection(shape, *, certified, top_p=0.9, offset=1.03, largest=1.0, bi
     results = run((*arguments[:5], arguments[6]), noise, base, exact_lse, quantized, length)
     bins, state, (indices, counts, limits) = results
     spreads = np.asarray(spreads_of(state, padded(noise).shape[2]), np.float64)
-    bytes_ = bytes_of(bins, shape.group)
+    bytes_ = np.asarray(bins).view(np.uint8)
     scales, limits = np.asarray(arguments[3], np.float64), np.asarray(limits, np.float64)
     del gain
     for b, k in np.ndindex(noise.shape[:2]):
@@ -218,7 +212,7 @@ def check_again(shape, jit=lambda run: run):
     # One head of a kv head that is short is enough.
     summary = jnp.ones((*rows.shape, shape.group, 8)).at[:, :, -1, BOUND].set(jnp.where(rows, 0.89, 0.91))
     indices, counts = again(bins, limits, summary, scale)
-    bytes_, noise, limits = bytes_of(bins, shape.group), np.asarray(limits)[..., 0], np.asarray(limits)
+    bytes_, noise, limits = np.asarray(bins).view(np.uint8), np.asarray(limits)[..., 0], np.asarray(limits)
     position = np.arange(shape.tokens)
     for b, k in np.ndindex(rows.shape):
         if not rows[b, k]:
@@ -240,13 +234,6 @@ def check_again(shape, jit=lambda run: run):
 def test_selection_by_limits_in_an_emulator(monkeypatch):
     emulate(monkeypatch)
     check_again(Shape(2, 2, 4, 1024, 128))
-
-
-def words_of(bins):
-    """The inverse of `bytes_of`."""
-    padded = np.pad(bins, [(0, 0)] * 2 + [(0, -bins.shape[2] % 4), (0, 0)])
-    fours = np.moveaxis(padded.reshape(*bins.shape[:2], -1, 4, bins.shape[-1]), 3, -1)
-    return jnp.asarray(np.ascontiguousarray(fours).view(np.int32)[..., 0])
 
 
 def check_verified_attention(shape, kept_share=0.2):
@@ -272,7 +259,7 @@ def check_verified_attention(shape, kept_share=0.2):
     listed = jnp.asarray(np.pad(indices, [(0, 0)] * 2 + [(0, tokens - indices.shape[-1])]), jnp.int32)
     arrays = [jnp.asarray(x, jnp.float32) for x in (query, keys, values)]
     out, sums = verified_attention_of_bins(
-        *arrays, listed, jnp.asarray(counts, jnp.int32), words_of(bins), scale,
+        *arrays, listed, jnp.asarray(counts, jnp.int32), jnp.asarray(bins.view(np.int32)), scale,
         jnp.asarray(quantized, jnp.int32), padded(jnp.asarray(limits, jnp.float32)),
         softmax_scale=dim**-0.5, sink=FIRST, deviations=K, **CONSTANTS,
     )  # fmt: skip
