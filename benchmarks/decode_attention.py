@@ -43,13 +43,32 @@ def measure(case: Case, config: RaBitQConfig, bandwidth: float) -> Iterator[dict
     overshoot = check_superset(selection, select(query, cache, reference))
     moved = byte_counts.decode_bytes(cache, config.sink, int(selection.counts.sum()))
     row = measure_step(query, cache, None, config, bandwidth, moved)
+    beside = {} if config.selection == "plain" else beside_plain(query, cache, case, config, bandwidth)
     yield {
         "implementation": "kernels" if on_gpu() else "xla",
         "overshoot": overshoot,
         **row,
+        **beside,
         "quantization": quantization(cache, config, row["kernel_us"]["median"]),
         "dense": dense_baselines(query, cache, bandwidth),
     }
+
+
+def beside_plain(query: jax.Array, cache: LayerCache, case: Case, config: RaBitQConfig, bandwidth: float) -> dict:
+    """What plain selection of as many tokens takes in the same run; and the share of heads that had a second round."""
+    plain = dataclasses.replace(config, selection="plain", top_p=RaBitQConfig().top_p)
+    row = measure_step(*planted_case(case, plain), None, plain, bandwidth)
+    return {
+        "extended": float(extended_share(query, cache, config=config)),
+        "plain": {name: row[name] for name in ("kept", "kernel_us", "wall_us", "kernels_us")},
+    }
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def extended_share(query: jax.Array, cache: LayerCache, *, config: RaBitQConfig) -> jax.Array:
+    key = jax.random.key(ROUNDING_KEY)
+    stats = attention.attend_selected(query, cache, config, query.shape[-1] ** -0.5, key)[2]
+    return jnp.mean(stats.extended)
 
 
 def measure_methods(case: Case, config: RaBitQConfig, bandwidth: float, methods: tuple[str, ...]) -> Iterator[dict]:

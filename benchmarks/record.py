@@ -56,7 +56,7 @@ def write_result(name: str, content: dict, *, commit: str) -> Path:
 
 
 def write_row(name: str, row: dict, *, commit: str) -> Path:
-    """Put a row, with its environment, into a JSON list, in place of the row of the same case and implementation.
+    """Put a row, with its environment, into a JSON list, in place of the one of the same case, implementation and p.
 
     A file describes one state of the code on one device: rows of another device, JAX or commit go. What no GPU has
     measured is kept apart, in results/cpu, which git ignores.
@@ -66,7 +66,11 @@ def write_row(name: str, row: dict, *, commit: str) -> Path:
     row = environment(commit) | row
     rows = json.loads(path.read_text()) if path.exists() else []
     agrees = lambda other, *keys: all(other.get(key) == row.get(key) for key in keys)  # noqa: E731
-    rows = [old for old in rows if agrees(old, "device", "jax", "commit") and not agrees(old, "case", "implementation")]
+    rows = [
+        old
+        for old in rows
+        if agrees(old, "device", "jax", "commit") and not agrees(old, "case", "implementation", "top_p")
+    ]
     path.write_text(json.dumps([*rows, row], indent=1) + "\n")
     return path
 

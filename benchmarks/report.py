@@ -64,10 +64,10 @@ def sections() -> dict[str, str]:
     if has("certificate.json"):
         made["certificate"] = certificate(read("certificate.json"))
     if has("decode_attention_certified.json"):
-        rules = {"plain": "", "debiased": "_debiased", "certified": "_certified"}
-        files = {rule: f"decode_attention{suffix}.json" for rule, suffix in rules.items()}
-        measured = {rule: read(name) for rule, name in files.items() if has(name)}
-        made["selection-times"] = part(speed_report.selections(measured))
+        files = [f"decode_attention_{rule}.json" for rule in ("certified", "debiased")]
+        made["selection-times"] = part(
+            speed_report.selections([row for name in files if has(name) for row in read(name)])
+        )
     if has("selectors.json"):
         made["selectors"] = selectors(read("selectors.json"))
     if has("decode_attention_methods.json"):

@@ -50,26 +50,30 @@ def decode_attention(rows: list[Row]) -> tuple[str, list[str]]:
     return about, table(head, lines)
 
 
-def selections(measured: dict[str, list[Row]]) -> tuple[str, list[str]]:
-    """What is said of the table of a decode step by each selection rule, and its lines; a case a few lines."""
+def selections(rows: list[Row]) -> tuple[str, list[str]]:
+    """What is said of the table of a decode step by debiased and certified selection, and its lines."""
     about = (
-        "**A decode step of one layer by each selection**, on caches planted so that each attends to as many tokens "
-        f"({provenance(measured['certified'], 'decode_attention_certified.json')}, and the files beside it). Planted "
-        "tokens end at a cliff, so that certified selection takes its second round here in most heads, which real ones "
-        "seldom do."
+        "**A decode step of one layer by each selection**, on caches planted so that each attends to as many tokens, "
+        f"beside plain selection in the same run ({provenance(rows, 'decode_attention_certified.json')}, and the file "
+        "beside it). Planted tokens all point along the query, and end at a cliff: their errors have much in common, "
+        "so that at a high p many heads go into certified selection's second round, which real ones seldom do."
     )
-    head = ("case", "selection", "attended", "mass held", "kernels, µs", "RaBitQ, µs", "faster dense, µs", "over plain")
+    head = (
+        "case", "selection", "p", "attended", "mass held", "heads with a second round", "kernels, µs", "over plain",
+        "wall, µs", "over plain", "faster dense, wall µs",
+    )  # fmt: skip
     lines = []
-    for case in (row["case"] for row in measured["certified"]):
-        rows = {rule: row for rule, rows in measured.items() for row in rows if row["case"] == case}
-        for rule, row in rows.items():
-            extra = row["wall_us"]["median"] / rows["plain"]["wall_us"]["median"] - 1
-            lines.append(
-                (
-                    label(row), rule, f"{row['kept']:.1%}", f"{row['true_mass']:.1%}", spread(row["kernel_us"]),
-                    f"{row['wall_us']['median']:.0f}", f"{best_dense(row):.0f}", f"{extra:.0%}" if extra else "",
-                )
-            )  # fmt: skip
+    for row in sorted(rows, key=lambda row: (size_of(row), row["selection"] == "certified", row["top_p"])):
+        over = {
+            name: f"{row[name]['median'] / row['plain'][name]['median'] - 1:.0%}" for name in ("kernel_us", "wall_us")
+        }
+        lines.append(
+            (
+                label(row), row["selection"], f"{row['top_p']:g}", f"{row['kept']:.1%}", f"{row['true_mass']:.1%}",
+                f"{row['extended']:.1%}", spread(row["kernel_us"]), over["kernel_us"],
+                f"{row['wall_us']['median']:.0f}", over["wall_us"], f"{best_dense(row):.0f}",
+            )
+        )  # fmt: skip
     return about, table(head, lines)
 
 

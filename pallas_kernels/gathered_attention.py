@@ -82,19 +82,18 @@ def for_each_list(counts_ref, work: "Work", body, ends_ref=None):
         place = program + head
 
         if ends_ref is not None:
-
-            @pl.when(start <= begin)
-            def _():
-                ends_ref[head, 0] = place
-
-            @pl.when(stop >= end)
-            def _():
-                ends_ref[head, 1] = place
-
+            _store_where(start <= begin, ends_ref, (head, 0), place)
+            _store_where(stop >= end, ends_ref, (head, 1), place)
         body(head, place, split.count(head), jnp.maximum(start, begin) - begin, jnp.minimum(stop, end) - begin)
 
     first, last = split.row_of(start), split.row_of(stop - 1)
     jax.lax.fori_loop(first, jnp.where(start < stop, last + 1, first), one_list, None)
+
+
+def _store_where(condition, ref, index, x):
+    @pl.when(condition)
+    def _():
+        ref[index] = x
 
 
 def _attend_kernel(

@@ -87,6 +87,7 @@ class NoisyScores:
     def lower(self, limits, first: Round) -> tuple[Thresholds, jax.Array]:
         """Limits of the second round."""
         find = functools.partial(find_bulk, self._noisy, self._mass, implementation=self._config.select)
+        thresholds, below = limits
         return extended_thresholds(
-            find, self._mass, *limits, first.certificate, self._is_short(first), top_p=self._config.top_p
+            find, self._mass, thresholds, below, first.certificate, self._is_short(first), top_p=self._config.top_p
         )

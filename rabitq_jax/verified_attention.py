@@ -5,6 +5,7 @@ head's own tokens, and the sums of certificate.py.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def _verified_attention_pallas(
     return out, *masses(tuple(sums[..., i] for i in range(kernel.KINDS)))
 
 
-CONSTANTS = {"least_deviation": LEAST_DEVIATION, "far": FAR, "largest_log": LARGEST_LOG}
+CONSTANTS: dict[str, Any] = {"least_deviation": LEAST_DEVIATION, "far": FAR, "largest_log": LARGEST_LOG}
 
 
 def masses(sums):

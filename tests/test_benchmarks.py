@@ -240,6 +240,10 @@ def test_certified_selection_is_measured_apart(results, monkeypatch):
     run(decode_attention.main, "--selection", "certified", "--top-p", "0.8")
     (row,) = rows_of(results, "decode_attention_certified")
     assert row["selection"] == "certified" and row["overshoot"] == 0 and row["least_true_mass"] > 0.8
+    assert 0 <= row["extended"] <= 1 and row["plain"]["kernel_us"]["median"] > 0
+    about, table = speed_report.selections([row, row | {"selection": "debiased"}])
+    assert row["commit"] in about
+    assert len(table) == 4 and "| debiased | 0.8 |" in table[2] and "| certified | 0.8 |" in table[3]
     with pytest.raises(AssertionError):
         run(scores.main, "--selection", "certified")
 
