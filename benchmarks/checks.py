@@ -35,3 +35,14 @@ def check_superset(selection: Selection, reference: Selection) -> float:
     total = int(want.sum())
     check("selection (share of tokens missing)", int((want & ~got).sum()) / total, 1e-3)
     return int(selection.counts.sum()) / total - 1
+
+
+def check_about_as_many(selection: Selection, reference: Selection) -> float:
+    """How many tokens more than the definition's are kept, as a share of those, where thresholds lie on other grids.
+
+    Raises:
+      ValueError: it is more than a fifth, or less than minus a fifth.
+    """
+    more = int(selection.counts.sum()) / int(reference.counts.sum()) - 1
+    check("selection (share of tokens more or less)", abs(more), 0.2)
+    return more
