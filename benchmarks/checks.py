@@ -38,11 +38,12 @@ def check_superset(selection: Selection, reference: Selection) -> float:
 
 
 def check_about_as_many(selection: Selection, reference: Selection) -> float:
-    """How many tokens more than the definition's are kept, as a share of those, where thresholds lie on other grids.
+    """How many tokens more than the definition's are kept, as a share of those, where thresholds lie on other grids, and
+    other heads may have had a second round.
 
     Raises:
-      ValueError: it is more than a fifth, or less than minus a fifth.
+      ValueError: they are more than twice as many, or fewer than half.
     """
-    more = int(selection.counts.sum()) / int(reference.counts.sum()) - 1
-    check("selection (share of tokens more or less)", abs(more), 0.2)
-    return more
+    ratio = int(selection.counts.sum()) / int(reference.counts.sum())
+    check("selection (times as many tokens, or as few)", max(ratio, 1 / ratio), 2)
+    return ratio - 1
