@@ -38,8 +38,8 @@ def check_superset(selection: Selection, reference: Selection) -> float:
 
 
 def check_about_as_many(selection: Selection, reference: Selection) -> float:
-    """How many tokens more than the definition's are kept, as a share of those, where thresholds lie on other grids, and
-    other heads may have had a second round.
+    """How many tokens more than the definition's are kept, as a share of those, where thresholds lie on other grids
+    and other heads may have had a second round.
 
     Raises:
       ValueError: they are more than twice as many, or fewer than half.
