@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas, mosaic_compact, mosaic_score_bins
 from pallas_kernels.gathered_attention import by_row
+from pallas_kernels.mosaic_bins import BINS, MASS_UNIT
 from pallas_kernels.mosaic_certified_threshold import LIMITS, Rule
 from pallas_kernels.mosaic_top_p import zeros
 
@@ -91,8 +92,8 @@ def find_again(find, summary, limits, state):
 def load_spreads(state_ref, head):
     """In a portable kernel, from a kv head's state [Z]: sums of e^(sd^2 / 2) over the tokens of each bin of z - sd^2,
     less for those below its upper edge, from the worst bin up, behind a zero: float32 [256]."""
-    place = jnp.arange(mosaic_score_bins.BINS)
-    at = 2 * (head * mosaic_score_bins.BINS + mosaic_score_bins.BINS - place)
+    place = jnp.arange(BINS)
+    at = 2 * (head * BINS + BINS - place)
     low, high = (_pallas.load_masked(state_ref, (at + i,), place > 0) for i in range(2))
     unsigned = jnp.where(low < 0, 2.0**32, 0.0) + low.astype(jnp.float32)
-    return (unsigned + 2.0**32 * high.astype(jnp.float32)) * mosaic_score_bins.MASS_UNIT
+    return (unsigned + 2.0**32 * high.astype(jnp.float32)) * MASS_UNIT

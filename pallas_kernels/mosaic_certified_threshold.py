@@ -12,7 +12,7 @@ import dataclasses
 import functools
 
 from pallas_kernels import _mosaic as m
-from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT, LOG2_E, MASS_UNIT, State
+from pallas_kernels.mosaic_bins import BINS, BINS_PER_NAT, LOG2_E, MASS_UNIT, State
 from pallas_kernels.mosaic_top_p_threshold import (
     LANE_BINS,
     exp,

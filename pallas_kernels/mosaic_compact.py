@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
 from pallas_kernels import mosaic_certified_threshold as certified
+from pallas_kernels.mosaic_bins import State, state_words
 from pallas_kernels.mosaic_rules import LANE_TOKENS, LIMITS, Given, Rule, TopP, Weights
-from pallas_kernels.mosaic_score_bins import State, state_words
 from pallas_kernels.mosaic_top_p_threshold import warp_sum
 
 PASS_TOKENS = LANE_TOKENS * m.WARPGROUP

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
+from pallas_kernels.mosaic_bins import BINS, BINS_PER_NAT, HEADS, LARGEST_DEVIATION, LOG2_E
 from pallas_kernels.mosaic_certified_threshold import LIMITS, bins_of
-from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT, HEADS, LARGEST_DEVIATION, LOG2_E
 
 # Sums of a query head; see `found_sums`.
 KINDS = 8

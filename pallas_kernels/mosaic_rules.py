@@ -11,7 +11,7 @@ import functools
 from pallas_kernels import _mosaic as m
 from pallas_kernels import mosaic_certified_threshold as certified
 from pallas_kernels import mosaic_top_p_threshold as t
-from pallas_kernels.mosaic_score_bins import BINS, State
+from pallas_kernels.mosaic_bins import BINS, State
 
 LANE_TOKENS = 16
 LIMITS = certified.LIMITS

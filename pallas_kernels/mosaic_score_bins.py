@@ -1,24 +1,8 @@
-"""Proxy scores on the binary tensor core, kept as one byte each and counted where they are made; for Hopper GPUs.
+"""Scores, kept as one byte each and counted where they are made; for Hopper GPUs.
 
-mma.m16n8k128 (b1, and, popc) multiplies 16 tokens' bits with 8 columns of bits. The packed code words are its A
-fragments as they lie in memory; the columns are bit planes of INT4 queries.
-
-    A   lane 4 g + t holds word t of the codes in rows g and g + 8
-    B   lane 4 g + t holds word t of column g; column 2 h + b of product p is bit plane 2 p + b of head h, of 4 heads
-    C   lane 4 g + t gets columns 2 t, 2 t + 1 of rows g and g + 8: after products 0 and 1, all four planes of head t
-
-    <u, bits> = plane 0 + 2 plane 1 + 4 plane 2 - 8 plane 3
-
-Codes of 64 bits lie two to a row; the columns then come twice, for the even tokens and for the odd ones, with zeros
-over the other token's words. Longer codes take several products, one for each 4 words.
-
-A warp scores 32 tokens at a time, in two products of 16; lane 4 g + t ends with tokens 4 g .. 4 g + 3 of head t. From
-there to a byte, for a score z and a head's `base`:
-
-    depth = 8 (base - z);   bin = depth, rounded down, from 0 (above base; NaN, infinity) to 255 (31.9 nats below)
-
-Counts of bins, and sums of depth - bin in steps of 1/256, gather in shared memory, both in one word, and are added to
-the row's at the end of a block of tokens. They are integers, so the result is the same in every run.
+Warps score (mosaic_scorers.py). Counts of bins, and sums of depth - bin in steps of 1/256, gather in shared memory,
+both in one word, and are added to the row's at the end of a block of tokens. They are integers, so the result is the
+same in every run.
 
 Bin 0 says little of scores above base. But each lane knows the largest of its own. The exponentials of those above
 base, added up over a warp, are worth so many tokens of the warp's largest score, and no more than the warp holds: the
@@ -31,7 +15,6 @@ bin's upper edge weighs without noise. The byte is that of z as before. A token 
 `LARGEST_DEVIATION` is not counted, and goes to bin 0, whatever its score.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -39,21 +22,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
+from pallas_kernels.mosaic_bins import BINS, HEADS, State
+from pallas_kernels.mosaic_scorers import (
+    LEAST_BLOCK_TOKENS,
+    STEP_TOKENS,
+    Scorer,
+    Sizes,
+    WeightScorer,
+    clear_shared,
+)
 
-BINS = 256
-BINS_PER_NAT = 8
-HEADS = 4
-STEP_TOKENS = 32
-WARPS = 4
-# A word counts a block's tokens in 12 bits, above 20 bits for the sum of their places in a bin, of 0 to 256 each.
-COUNT_BITS, PLACES = 20, 256
-# Or it adds up weights of at most 2^21, the largest that a block's tokens can add up to 2^31.
-LARGEST_DEVIATION, MASS_BITS = 4.0, 21
-MASS_UNIT = 2.0**-MASS_BITS * math.exp(LARGEST_DEVIATION**2 / 2)
-BLOCK_TOKENS, LEAST_BLOCK_TOKENS = 1024, STEP_TOKENS * WARPS
-LOG2_E = math.log2(math.e)
-# The bits of 1.5 * 2^23 as a float32: plus an integer n, they are those of 1.5 * 2^23 + n.
-MAGIC = 0x4B400000
+BLOCK_TOKENS = 1024
 
 
 def takes(tokens: int, words: int, centroids: int) -> bool:
@@ -72,7 +51,7 @@ def score_bins(
       planes, factors, base, shift: of `rabitq_jax.prepared_query.PreparedQuery`, [B,K,H,...]; G heads are real.
       noise: float32 [B,K,H], nats of deviation for each unit of scale, or None.
       bits, scale, bias, bias_gain: as in `rabitq_jax.scores.proxy_scores_reference`.
-      state: a reference, int32 [B,K,Z] with Z of `state_words`, all zero; see `State`. The kernel adds to it.
+      state: a reference, int32 [B,K,Z] with Z of `mosaic_bins.state_words`, all zero; the kernel adds to it.
       group: G.
       first: python int; stop: int32 [B]. Tokens in [first, stop) are scored.
 
@@ -91,7 +70,7 @@ def score_bins(
             f"tokens and centroids of multiples of {STEP_TOKENS}, got {32 * words}, {tokens} and {tokens // centroids}"
         )
     block = math.gcd(tokens, BLOCK_TOKENS)
-    sizes = _Sizes(
+    sizes = Sizes(
         kv_heads=kv_heads, group=group, groups=heads // HEADS, tokens=tokens, words=words, centroids=centroids,
         block=block, state_words=state.shape[-1], first=first, bias_gain=None if bias is None else float(bias_gain),
         noisy=noise is not None,
@@ -106,68 +85,7 @@ def score_bins(
     )(planes, factors, base, shift, bits, scale, *optional, stop, state)
 
 
-def state_words(heads: int, blocks: int) -> int:
-    """Words of a kv head's state; see `State`."""
-    return -(-(heads * (3 * BINS + 1) + 1 + blocks) // 256) * 256
-
-
-class State:
-    """Where a row's numbers lie in the state.
-
-    bins [H,256,2]: sums of places, and counts; or sums of weights, in 64 bits; above [H,256]: 256 times as many tokens
-    as are surely i to i + 1 bins above base; peaks [H], see `_key`; the bits of the largest scale [1]; blocks [N], for
-    `mosaic_compact`.
-    """
-
-    def __init__(self, ref, row, heads: int, words: int):
-        self._ref, self._start, self._heads = ref, m.multiply(row, words), heads
-
-    def bin(self, head, bin_):
-        return m.address(self._ref, m.add(self._start, m.left(m.add(m.multiply(head, BINS), bin_), 1)))
-
-    def above(self, head, bin_):
-        place = m.add(m.multiply(head, BINS), bin_)
-        return m.address(self._ref, m.add(self._start, m.add(place, self._heads * 2 * BINS)))
-
-    def peak(self, head):
-        return m.address(self._ref, m.add(self._start, m.add(head, self._heads * 3 * BINS)))
-
-    def largest_scale(self):
-        return m.address(self._ref, m.add(self._start, self._heads * (3 * BINS + 1)))
-
-    def block(self, index):
-        return m.address(self._ref, m.add(self._start, m.add(index, self._heads * (3 * BINS + 1) + 1)))
-
-
-def counts_and_peaks(state, heads: int):
-    """From a state [...,Z]: sums of places and counts int32 [...,H,256,2], and the largest scores float32 [...,H], NaN
-    and infinity counting as 3e38 (-inf if there is none)."""
-    counts = state[..., : heads * 2 * BINS].reshape(*state.shape[:-1], heads, BINS, 2)
-    key = state[..., heads * 3 * BINS : heads * (3 * BINS + 1)]
-    bits = jnp.where(key < 0, key & 0x7FFFFFFF, ~key)
-    return counts, jnp.where(key == 0, -jnp.inf, jax.lax.bitcast_convert_type(bits, jnp.float32))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Sizes:
-    kv_heads: int
-    group: int
-    groups: int
-    tokens: int
-    words: int
-    centroids: int
-    block: int
-    state_words: int
-    first: int
-    bias_gain: float | None
-    noisy: bool
-
-    @property
-    def padded(self) -> int:
-        return HEADS * self.groups
-
-
-def _kernel(sizes: _Sizes, planes, factors, base, shift, bits, scale, *rest):
+def _kernel(sizes: Sizes, planes, factors, base, shift, bits, scale, *rest):
     """planes [R,H,4,W], factors [R,H,2], base [R,H], shift [R,H,C], bits [R,T,W], scale (and bias) [R,T], (noise [R,H])
     stop [B]; state [R,Z], added to; bins [R,G,T/4]; shared memory. R rows of kv heads, H = heads padded to 4."""
     *optional, stop, state, bins, shared = rest
@@ -182,8 +100,8 @@ def _kernel(sizes: _Sizes, planes, factors, base, shift, bits, scale, *rest):
     shared = m.shared_address(shared)
 
     def run(all_scored: bool):
-        _clear_shared(sizes, shared)
-        scorer = _WeightScorer if sizes.noisy else _Scorer
+        clear_shared(sizes, shared)
+        scorer = WeightScorer if sizes.noisy else Scorer
         arrays = planes, factors, base, shift, bits, scale, bias, noise, bins
         score = scorer(sizes, row, stop, *arrays, shared, all_scored)
         peaks = m.loop(sizes.block // LEAST_BLOCK_TOKENS, score.no_peaks(), lambda i, peaks: score(start, i, peaks))
@@ -194,283 +112,3 @@ def _kernel(sizes: _Sizes, planes, factors, base, shift, bits, scale, *rest):
     some = m.both(m.less(start, stop), m.less(sizes.first, end))
     m.when(whole, lambda: run(all_scored=True))
     m.when(m.both(some, m.negate(whole)), lambda: run(all_scored=False))
-
-
-class _Scorer:
-    """One lane's registers for a row: addresses, B fragments, and factors of its heads."""
-
-    def __init__(
-        self, sizes: _Sizes, row, stop, planes, factors, base, shift, bits, scale, bias, noise, bins, shared,
-        all_scored: bool,
-    ):  # fmt: skip
-        lane, self.warp = m.bit_and(m.thread_index(), 31), m.right(m.thread_index(), 5)
-        self.quad, self.t = m.right(lane, 2), m.bit_and(lane, 3)
-        self.sizes, self.row, self.stop, self.all_scored = sizes, row, stop, all_scored
-        self.shift, self.bits, self.scale, self.bias, self.bins, self.shared = shift, bits, scale, bias, bins, shared
-        self.columns = self._load_columns(planes)
-        self.factors, self.bases = [], []
-        for h in range(sizes.groups):
-            gain, minus_sum = map(m.as_float, m.load(m.address(factors, m.left(self._head(h), 1)), words=2))
-            self.bases.append(m.as_float(m.load(m.address(base, self._head(h)))[0]))
-            # Half a bin less: the conversion to an integer rounds to nearest.
-            top = m.fma(self.bases[-1], BINS_PER_NAT / (BINS - 1), -0.5 / (BINS - 1))
-            self.factors.append((m.add_float(gain, gain), m.multiply_float(gain, minus_sum), top))
-        self.variances = [self._variance(noise, h) for h in range(sizes.groups)] if noise is not None else []
-
-    def _variance(self, noise, h):
-        """Of a unit of scale, of this lane's head of group h."""
-        deviation = m.as_float(m.load(m.address(noise, self._head(h)))[0])
-        return m.multiply_float(deviation, deviation)
-
-    def _head(self, h):
-        """Index in [R,H] of this lane's head of group h."""
-        return m.add(m.multiply(self.row, self.sizes.padded), m.add(self.t, HEADS * h))
-
-    def _load_columns(self, planes):
-        """B fragments: [group][product][step of 4 words, or even and odd tokens]."""
-        words = self.sizes.words
-        head, plane = m.right(self.quad, 1), m.bit_and(self.quad, 1)
-        column = m.add(m.multiply(m.add(m.multiply(self.row, self.sizes.padded), head), 4), plane)
-        at = m.address(planes, m.add(m.multiply(column, words), m.bit_and(self.t, min(words, 4) - 1)))
-
-        def load(h, p):
-            offset = 4 * (4 * HEADS * h + 2 * p) * words
-            if words == 2:
-                word, is_even = m.load(at, offset=offset)[0], m.less(self.t, 2)
-                return [m.select(is_even, word, 0), m.select(is_even, 0, word)]
-            return [m.load(at, offset=offset + 16 * k)[0] for k in range(words // 4)]
-
-        return [[load(h, p) for p in range(2)] for h in range(self.sizes.groups)]
-
-    def no_peaks(self):
-        return [m.value(float("-inf"))] * self.sizes.groups
-
-    def __call__(self, start, i, peaks):
-        """Score the next of this warp's tokens; returns the largest scores so far, one a group."""
-        first = m.add(m.add(start, m.multiply(i, LEAST_BLOCK_TOKENS)), m.multiply(self.warp, STEP_TOKENS))
-        token = m.add(first, m.multiply(self.quad, 4))
-        return self._score(token, *self._load(token), peaks)
-
-    def _load(self, token):
-        """A fragments of tokens .. + 3, [row][step of 4 words]; their scales; biases or None; shifts, one a group."""
-        sizes = self.sizes
-        at = m.add(m.multiply(self.row, sizes.tokens), token)
-        words = m.address(self.bits, m.add(m.multiply(at, sizes.words), self.t))
-        row_words = max(sizes.words, 4)
-        fragments = [
-            [m.load(words, offset=4 * (row * row_words + 4 * k))[0] for k in range(row_words // 4)]
-            for row in range(4 * sizes.words // row_words)
-        ]
-        scale, *bias = (
-            [x for w in m.load(m.address(x, m.right(at, 1)), words=2) for x in m.bfloat16_pair(w)]
-            for x in (self.scale, *self.bias)
-        )
-        centroid = m.divide(token, sizes.tokens // sizes.centroids)
-        shifts = [
-            m.as_float(m.load(m.address(self.shift, m.add(m.multiply(self._head(h), sizes.centroids), centroid)))[0])
-            for h in range(sizes.groups)
-        ]
-        return fragments, scale, bias[0] if bias else None, shifts
-
-    def _score(self, token, fragments, scale, bias, shifts, peaks):
-        """Bins of four tokens for this lane's head of each group: stored, and counted where they are in range."""
-        sizes = self.sizes
-        # Unsigned: a token before the first one is far above.
-        scored = [
-            None
-            if self.all_scored
-            else m.less(m.subtract(m.add(token, i), sizes.first), m.subtract(self.stop, sizes.first))
-            for i in range(4)
-        ]
-        for h in range(sizes.groups):
-            gain, offset, _ = self.factors[h]
-            dots = _dots(fragments, self.columns[h])
-            scores = [_affine(dots[i], gain, offset, scale[i], shifts[h]) for i in range(4)]
-            if bias is not None:
-                scores = [m.fma(x, sizes.bias_gain, z) for x, z in zip(bias, scores, strict=True)]
-            packed, peaks = self.see_scores(h, scores, scale, scored, peaks)
-            head = m.add(self.t, HEADS * h)
-            word = m.add(
-                m.multiply(m.add(m.multiply(self.row, sizes.group), head), sizes.tokens // 4), m.right(token, 2)
-            )
-            real = None if HEADS * h + HEADS <= sizes.group else m.less(head, sizes.group)
-            m.store(m.address(self.bins, word), [m.pack_bytes(packed)], where=real)
-        return peaks
-
-    def see_scores(self, h, scores, scales, scored, peaks):
-        """Count four tokens' scores in their bins: i32 whose lowest bytes these are; and the largest scores so far."""
-        peak, bins = peaks[h], []
-        for z, is_scored in zip(scores, scored, strict=True):
-            larger = m.maximum(peak, m.minimum(z, 3e38))
-            peak = larger if is_scored is None else m.select(is_scored, larger, peak)
-            bin_, depth = _bin(z, self.factors[h][2])
-            # 1, above its place in the bin.
-            one = m.fma(_place(bin_, depth), float(PLACES), 2.0**23 + 2**COUNT_BITS + PLACES // 2)
-            self._add(h, bin_, m.bit_and(m.as_int(one), 2**23 - 1), is_scored)
-            bins.append(m.as_int(bin_))
-        return bins, [*peaks[:h], peak, *peaks[h + 1 :]]
-
-    def _add(self, h, bin_, word, where):
-        """Add to the word of a bin in shared memory, [group][bin][head of 4]."""
-        place = m.add(m.left(m.bit_and(m.as_int(bin_), BINS - 1), 4), m.left(self.t, 2))
-        m.add_shared(m.add(self.shared, place), word, offset=4 * HEADS * BINS * h, where=where)
-
-    def flush(self, peaks, state: State):
-        """Add the block's bins, and its largest scores, to the row's."""
-
-        def add_bin(head, bin_, word):
-            places, count = m.bit_and(word, 2**COUNT_BITS - 1), m.right(word, COUNT_BITS)
-            m.add_global_pair(state.bin(head, bin_), places, count)
-
-        _flush(self.sizes, peaks, self.bases, self.shared, state, add_bin)
-
-
-class _WeightScorer(_Scorer):
-    """Of scores with noise. Carries of each group's head the largest z - sd^2, and that token's z - sd^2 / 2; and the
-    largest scale."""
-
-    def no_peaks(self):
-        return [m.value(float("-inf"))] * (2 * self.sizes.groups) + [m.value(0.0)]
-
-    def see_scores(self, h, scores, scales, scored, peaks):
-        """Add four tokens' weights in the bins of z - sd^2; returns the bins of z, and the largest so far."""
-        top, bins, seen = self.factors[h][2], [], []
-        in_the_middle = MASS_BITS - LOG2_E * (LARGEST_DEVIATION**2 / 2 + 0.5 / BINS_PER_NAT)
-        for z, scale, is_scored in zip(scores, scales, scored, strict=True):
-            variance = m.multiply_float(m.multiply_float(scale, scale), self.variances[h])
-            usable = m.not_less_float(LARGEST_DEVIATION**2, variance)
-            counted = usable if is_scored is None else m.both(usable, is_scored)
-            tilted = m.subtract_float(z, variance)
-            weight = m.exp2(m.fma(variance, LOG2_E / 2, in_the_middle))
-            self._add(h, _bin(tilted, top)[0], m.as_int(_as_subnormal(weight)), counted)
-            bins.append(m.select(usable, m.as_int(_bin(z, top)[0]), 0))
-            seen.append((z, variance, tilted, counted))
-        if h == 0:
-            peaks = [*peaks[:-1], self._largest_scale(peaks[-1], scales, scored)]
-
-        def see_peaks(peak):
-            for z, variance, tilted, counted in seen:
-                tilted, log_weight = m.minimum(tilted, 3e38), m.minimum(m.fma(variance, -0.5, z), 3e38)
-                larger = m.both(counted, m.less_float(peak[0], tilted))
-                peak = [m.select(larger, new, old) for new, old in zip((tilted, log_weight), peak, strict=True)]
-            return peak
-
-        # Few tokens are above the bins.
-        above = m.negate(m.not_less_float(self.bases[h], functools.reduce(m.maximum, [x[2] for x in seen])))
-        mine = m.update(above, peaks[2 * h : 2 * h + 2], see_peaks)
-        return bins, [*peaks[: 2 * h], *mine, *peaks[2 * h + 2 :]]
-
-    def _largest_scale(self, largest, scales, scored):
-        for scale, is_scored in zip(scales, scored, strict=True):
-            larger = m.maximum(largest, scale)
-            largest = larger if is_scored is None else m.select(is_scored, larger, largest)
-        return largest
-
-    def flush(self, peaks, state: State):
-        """Add the block's weights, its largest scale, and what weighs more than any bin, to the row's."""
-        largest = functools.partial(m.max_global, state.largest_scale(), m.as_int(peaks[-1]))
-        m.when(m.less_float(0.0, peaks[-1]), largest)
-        above = [
-            m.select(m.less_float(base, tilted), log_weight, float("-inf"))
-            for base, tilted, log_weight in zip(self.bases, peaks[:-1:2], peaks[1:-1:2], strict=True)
-        ]
-        add_bin = lambda head, bin_, word: m.add_global_wide(state.bin(head, bin_), word)  # noqa: E731
-        _flush(self.sizes, above, self.bases, self.shared, state, add_bin)
-
-
-def _dots(fragments, columns):
-    """Integer products <u, bits> of four tokens in order, as i32 with MAGIC added."""
-    if len(fragments) == 2:  # two tokens a row
-        even, odd = (_product(fragments, [[step[i]] for step in columns]) for i in range(2))
-        return [even[0], odd[0], even[1], odd[1]]
-    return _product(fragments[:2], columns) + _product(fragments[2:], columns)
-
-
-def _product(rows, columns):
-    """The products of two rows' fragments [row][step] with the columns of products 0 and 1, [product][step]."""
-    low, high = [MAGIC, 0, MAGIC, 0], [0, 0, 0, 0]
-    for k in range(len(columns[0])):
-        fragment = [row[k] for row in rows]
-        low = m.binary_product(fragment, columns[0][k], low)
-        high = m.binary_product(fragment, columns[1][k], high)
-    dots = []
-    for half in (0, 2):
-        upper = m.subtract(high[half], m.left(high[half + 1], 1))
-        dots.append(m.add(m.add(low[half], m.left(low[half + 1], 1)), m.left(upper, 2)))
-    return dots
-
-
-def _affine(dot, gain, offset, scale, shift):
-    """(gain dot + offset) scale + shift."""
-    text = "{ .reg .f32 x; sub.rn.f32 x, $1, 0f4B400000; fma.rn.f32 x, x, $2, $3; fma.rn.f32 $0, x, $4, $5; }"
-    return m.ptx(text, [m.as_float(dot), gain, offset, scale, shift], "f")[0]
-
-
-def _as_subnormal(x):
-    """x 2^-149, an f32 whose bits are those of x rounded to an integer."""
-    return m.ptx("mul.rn.f32 $0, $1, 0f00000001;", [x], "f")[0]
-
-
-def _bin(z, top):
-    """An f32 whose bits' lowest byte is the bin, and a depth for `_place`."""
-    # Saturate 8 (base - z) / 255 to [0, 1], half a bin early, then let 2^23 round it to an integer.
-    depth = m.ptx("fma.rn.sat.f32 $0, $1, $2, $3;", [z, -BINS_PER_NAT / (BINS - 1), top], "f")[0]
-    return m.fma(depth, float(BINS - 1), 2.0**23), depth
-
-
-def _place(bin_, depth):
-    """Where in its bin a score lies, from -1/2 at the upper edge to 1/2."""
-    return m.fma(depth, float(BINS - 1), m.subtract_float(2.0**23, bin_))
-
-
-def _clear_shared(sizes: _Sizes, shared):
-    """Bins and peaks to 0."""
-    words = sizes.padded * BINS
-    for i in range(words // (4 * m.WARPGROUP)):
-        m.store_shared(m.add(shared, m.left(m.thread_index(), 4)), [m.value(0)] * 4, offset=16 * m.WARPGROUP * i)
-    clear_peaks = lambda: m.store_shared(_peak_address(sizes, shared), [m.value(0)])  # noqa: E731
-    m.when(m.less(m.thread_index(), sizes.padded), clear_peaks)
-    m.barrier()
-
-
-def _peak_address(sizes: _Sizes, shared):
-    """Shared address of the thread's peak."""
-    return m.add(m.add(shared, 4 * sizes.padded * BINS), m.left(m.thread_index(), 2))
-
-
-def _flush(sizes: _Sizes, peaks, bases, shared, state: State, add_bin):
-    """Add the block's bins to the row's by `add_bin(head, bin, word)`; and its largest scores, one a group and lane."""
-    lane = m.bit_and(m.thread_index(), 31)
-    for h, (mine, base) in enumerate(zip(peaks, bases, strict=True)):
-        peak = mine
-        for lanes in (4, 8, 16):
-            peak = m.maximum(peak, m.shuffle_xor(peak, lanes))
-        at = m.add(m.add(shared, 4 * (sizes.padded * BINS + HEADS * h)), m.left(lane, 2))
-        m.when(m.less(lane, HEADS), functools.partial(m.max_shared, at, _key(peak)))
-        as_large = m.exp2(m.multiply_float(m.subtract_float(mine, peak), LOG2_E))
-        as_large = m.select(m.less_float(base, mine), as_large, 0.0)
-        for lanes in (4, 8, 16):
-            as_large = m.add_float(as_large, m.shuffle_xor(as_large, lanes))
-        height = m.minimum(m.multiply_float(m.subtract_float(peak, base), float(BINS_PER_NAT)), BINS - 1.0)
-        count = m.to_integer(m.multiply_float(as_large, float(PLACES)))
-        above = state.above(m.add(lane, HEADS * h), m.to_integer(height))
-        is_above = m.both(m.less(lane, HEADS), m.less_float(base, peak))
-        m.when(is_above, functools.partial(m.add_global, above, count))
-    m.barrier()
-    for h in range(sizes.groups):
-        for i in range(BINS // m.WARPGROUP):
-            bin_ = m.add(m.thread_index(), m.WARPGROUP * i)
-            four = m.load_shared(m.add(shared, m.left(bin_, 4)), words=4, offset=4 * HEADS * BINS * h)
-            for head, word in enumerate(four):
-                add_bin(m.value(HEADS * h + head), bin_, word)
-
-    def keep_peak():
-        m.max_global(state.peak(m.thread_index()), m.load_shared(_peak_address(sizes, shared))[0])
-
-    m.when(m.less(m.thread_index(), sizes.padded), keep_peak)
-
-
-def _key(x):
-    """An unsigned number in the order of the f32, above 0."""
-    bits = m.as_int(x)
-    return m.bit_xor(bits, m.bit_or(m.right_signed(bits, 31), 0x80000000))

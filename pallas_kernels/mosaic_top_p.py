@@ -7,6 +7,7 @@ compact      counts -> thresholds; bytes -> the list of tokens
 import jax
 
 from pallas_kernels import mosaic_compact, mosaic_score_bins
+from pallas_kernels.mosaic_bins import state_words
 
 
 def takes(bits, key_centroids) -> bool:
@@ -17,7 +18,7 @@ def takes(bits, key_centroids) -> bool:
 
 def zeros(batch: int, kv_heads: int, heads: int, tokens: int) -> int:
     """Words a kv head that `score_and_select` counts in."""
-    return mosaic_score_bins.state_words(heads, mosaic_compact.blocks(batch * kv_heads, tokens))
+    return state_words(heads, mosaic_compact.blocks(batch * kv_heads, tokens))
 
 
 def score_and_select(

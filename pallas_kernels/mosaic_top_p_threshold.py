@@ -12,7 +12,7 @@ import functools
 import math
 
 from pallas_kernels import _mosaic as m
-from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT, LOG2_E, PLACES, State
+from pallas_kernels.mosaic_bins import BINS, BINS_PER_NAT, LOG2_E, PLACES, State
 
 LANE_BINS = BINS // 32
 # Relative error that places, rounded to 1/512 of a bin, and float32 sums can make.
@@ -133,6 +133,6 @@ def warp_sum(x, add):
 
 
 def from_key(key):
-    """The f32 of an unsigned number of the same order, minus infinity for 0; see `mosaic_score_bins`."""
+    """The f32 of an unsigned number of the same order, minus infinity for 0; see `mosaic_scorers`."""
     bits = m.select(m.less(key, 0x80000000), m.bit_xor(key, 0xFFFFFFFF), m.bit_and(key, 0x7FFFFFFF))
     return m.select(m.less(key, 1), float("-inf"), m.as_float(bits))

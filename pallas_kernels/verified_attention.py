@@ -32,8 +32,8 @@ from pallas_kernels.gathered_attention import (
     parts_of,
     whole,
 )
+from pallas_kernels.mosaic_bins import HEADS
 from pallas_kernels.mosaic_found import KINDS, found_sums
-from pallas_kernels.mosaic_score_bins import HEADS
 
 ERFC = (
     -1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398, 1.48851587, -0.82215223,

@@ -1,7 +1,7 @@
 """What debiased and certified selection ask of estimates, answered from bins of scores; for Hopper GPUs.
 
 The same questions as in noisy_scores.py. Thresholds lie on the edges of bins; a token's score is known to its bin, and
-so are the sums of weights below a threshold. See pallas_kernels/mosaic_score_bins.py.
+so are the sums of weights below a threshold. See pallas_kernels/mosaic_bins.py.
 
 What follows from the sums over found tokens is reckoned by programs of a query head each, with the functions of
 certificate.py and thresholds.py: outside of kernels, every few of these operations are a launch.
@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic_certified
 from pallas_kernels.gathered_attention import by_row
+from pallas_kernels.mosaic_bins import BINS, BINS_PER_NAT
 from pallas_kernels.mosaic_certified_threshold import LIMITS, SPREAD, Rule
-from pallas_kernels.mosaic_score_bins import BINS, BINS_PER_NAT
 from pallas_kernels.prepare_query import padded_heads
 from pallas_kernels.verified_attention import verified_attention_of_bins
 from rabitq_jax.cache import LayerCache

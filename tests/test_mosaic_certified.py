@@ -12,9 +12,9 @@ from scipy.stats import norm
 from benchmarks.exact import exact_logits
 from benchmarks.shapes import Shape
 from pallas_kernels import mosaic_certified, mosaic_compact
+from pallas_kernels.mosaic_bins import BINS, LARGEST_DEVIATION, MASS_UNIT
 from pallas_kernels.mosaic_certified_threshold import SPREAD
 from pallas_kernels.mosaic_rules import BOUND
-from pallas_kernels.mosaic_score_bins import BINS, LARGEST_DEVIATION, MASS_UNIT
 from pallas_kernels.verified_attention import verified_attention_of_bins
 from rabitq_jax import RaBitQConfig, attention, selection
 from rabitq_jax import thresholds as thresholds_module

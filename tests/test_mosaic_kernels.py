@@ -11,11 +11,13 @@ from benchmarks.checks import check_superset
 from benchmarks.planting import planted_case
 from benchmarks.shapes import Shape, make_case
 from pallas_kernels import (
+    mosaic_bins,
     mosaic_certified_threshold,
     mosaic_compact,
     mosaic_found,
     mosaic_rules,
     mosaic_score_bins,
+    mosaic_scorers,
     mosaic_top_p,
     mosaic_top_p_threshold,
 )
@@ -89,7 +91,7 @@ def score_bins(shape, levels, bits, gain, scale, bias, bias_gain, shift, base, *
         first=FIRST,
         stop=stop,
     )
-    counts, peak = mosaic_score_bins.counts_and_peaks(state[...], padded_heads(shape.group))
+    counts, peak = mosaic_bins.counts_and_peaks(state[...], padded_heads(shape.group))
     return bins, counts[:, :, : shape.group], peak[:, :, : shape.group]
 
 
@@ -170,8 +172,8 @@ def check_selection(shape, sharpness, offset, *, top_p=0.9, jit=lambda run: run)
 
 def emulate(monkeypatch):
     emulator = Emulator()
-    thresholds = mosaic_top_p_threshold, mosaic_certified_threshold
-    for module in (mosaic_score_bins, mosaic_compact, mosaic_rules, mosaic_found, *thresholds):
+    scores, thresholds = (mosaic_score_bins, mosaic_scorers), (mosaic_top_p_threshold, mosaic_certified_threshold)
+    for module in (mosaic_bins, *scores, *thresholds, mosaic_compact, mosaic_rules, mosaic_found):
         monkeypatch.setattr(module, "m", emulator)
 
 

@@ -1,0 +1,67 @@
+"""Bins of scores, and the state in which the launches of a decode step count; for Hopper GPUs.
+
+From a score z and a head's `base` to a bin, kept as a byte:
+
+    depth = 8 (base - z);   bin = depth, rounded down, from 0 (above base; NaN, infinity) to 255 (31.9 nats below)
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _mosaic as m
+
+BINS = 256
+BINS_PER_NAT = 8
+# Heads that a warp scores at a time; a group is padded to a multiple of it.
+HEADS = 4
+# Places of a score in its bin, and above the bins, are counted in steps of 1/256.
+PLACES = 256
+# The largest deviation of a score whose weight is counted. Weights are of at most 2^21 units, those of a block's tokens
+# add up to 2^31 at most.
+LARGEST_DEVIATION, MASS_BITS = 4.0, 21
+MASS_UNIT = 2.0**-MASS_BITS * math.exp(LARGEST_DEVIATION**2 / 2)
+LOG2_E = math.log2(math.e)
+
+
+def state_words(heads: int, blocks: int) -> int:
+    """Words of a kv head's state; see `State`."""
+    return -(-(heads * (3 * BINS + 1) + 1 + blocks) // 256) * 256
+
+
+class State:
+    """Where a row's numbers lie in the state.
+
+    bins [H,256,2]: sums of places, and counts; or sums of weights, in 64 bits; above [H,256]: 256 times as many tokens
+    as are surely i to i + 1 bins above base; peaks [H], as unsigned numbers in the order of the f32; the bits of the
+    largest scale [1]; blocks [N], for `mosaic_compact`.
+    """
+
+    def __init__(self, ref, row, heads: int, words: int):
+        self._ref, self._start, self._heads = ref, m.multiply(row, words), heads
+
+    def bin(self, head, bin_):
+        return m.address(self._ref, m.add(self._start, m.left(m.add(m.multiply(head, BINS), bin_), 1)))
+
+    def above(self, head, bin_):
+        place = m.add(m.multiply(head, BINS), bin_)
+        return m.address(self._ref, m.add(self._start, m.add(place, self._heads * 2 * BINS)))
+
+    def peak(self, head):
+        return m.address(self._ref, m.add(self._start, m.add(head, self._heads * 3 * BINS)))
+
+    def largest_scale(self):
+        return m.address(self._ref, m.add(self._start, self._heads * (3 * BINS + 1)))
+
+    def block(self, index):
+        return m.address(self._ref, m.add(self._start, m.add(index, self._heads * (3 * BINS + 1) + 1)))
+
+
+def counts_and_peaks(state, heads: int):
+    """From a state [...,Z]: sums of places and counts int32 [...,H,256,2], and the largest scores float32 [...,H], NaN
+    and infinity counting as 3e38 (-inf if there is none)."""
+    counts = state[..., : heads * 2 * BINS].reshape(*state.shape[:-1], heads, BINS, 2)
+    key = state[..., heads * 3 * BINS : heads * (3 * BINS + 1)]
+    bits = jnp.where(key < 0, key & 0x7FFFFFFF, ~key)
+    return counts, jnp.where(key == 0, -jnp.inf, jax.lax.bitcast_convert_type(bits, jnp.float32))
