@@ -17,8 +17,8 @@ def rows_of(content: dict[str, Any], heads: str, tail: str = "drop") -> list[dic
 def table(content: dict[str, Any]) -> str:
     """The model's lines, and under them one for each kind of hard heads at one p."""
     head = [
-        "selection", "p", "mass captured", "head-steps below p", "mass verified", "tokens attended", "bytes read",
-        "KL to dense, nats", "error of the output", "with the tail's mean",
+        "selection", "p", "mass captured", "head-steps below p", "mass verified", "shown to hold p", "second rounds",
+        "tokens attended", "bytes read", "KL to dense, nats", "error of the output", "with the tail's mean",
     ]  # fmt: skip
     lines = [cells(head), cells(["---", *["---:"] * (len(head) - 1)])]
     tails = {(row["selection"], row["top_p"]): row for row in rows_of(content, "model", "mean")}
@@ -28,7 +28,8 @@ def table(content: dict[str, Any]) -> str:
             cells(
                 [
                     row["selection"], f"{row['top_p']:g}", f"{row['captured']:.3f}", share(row["short"]),
-                    f"{row['verified']:.3f}" if "verified" in row else "", f"{row['kept']:.1%}",
+                    *([f"{row['verified']:.3f}", f"{row['certified']:.1%}"] if "verified" in row else ["", ""]),
+                    share(row["extended"]) if row["selection"] == "certified" else "", f"{row['kept']:.1%}",
                     f"{row['bytes_read']:.1%}", f"{row['divergence']:.1e}",
                     f"{row['output_error']:.1%}", f"{with_tail['output_error']:.1%}" if with_tail else "",
                 ]

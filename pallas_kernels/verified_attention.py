@@ -211,7 +211,7 @@ def verified_attention(
 
 def verified_attention_of_bins(
     query, keys, values, indices, counts, bins, scale, quantized, limits,
-    *, softmax_scale, conclude=None, known=(), numbers=KINDS, **constants,
+    *, softmax_scale, conclude=None, known=(), **constants,
 ):  # fmt: skip
     """The same of bins of scores, on Hopper GPUs.
 
@@ -219,13 +219,12 @@ def verified_attention_of_bins(
       bins: int32 [B,K,G,T/4] of `mosaic_score_bins`.
       limits: float32 [B,K,H,LIMITS] of `mosaic_certified_threshold`.
       conclude: function of a query head's sums, its list's length, and references to what is `known` of it, to the
-        float32 numbers that follow; None for the sums themselves.
+        KINDS float32 numbers that follow; None for the sums themselves.
       known: pairs of an array and the `BlockSpec` of its part, for programs (kv head, query head, columns).
-      numbers: how many `conclude` finds, a power of two.
       Others: as of `verified_attention`.
 
     Returns:
-      Output float32 [B,K,G,D], and float32 [B,K,G,numbers] what `conclude` finds.
+      Output float32 [B,K,G,D], and float32 [B,K,G,KINDS] what `conclude` finds.
     """
     work, (*partial, logits) = attend(
         query, keys, values, indices, counts, softmax_scale=softmax_scale, with_logits=True
@@ -234,17 +233,17 @@ def verified_attention_of_bins(
     rows, groups, parts = sums.shape[:3]
     spec = pl.BlockSpec((None, None, parts, HEADS, KINDS), lambda row, g, part: (row, g // HEADS, 0, 0, 0))
     sums = sums.reshape(rows, groups, parts, HEADS, KINDS)
-    return _finish(work, counts, query.shape, partial, sums, spec, parts, conclude, known, numbers)
+    return _finish(work, counts, query.shape, partial, sums, spec, parts, conclude, known)
 
 
-def _finish(work: Work, counts, shape, partial, sums, sums_spec, parts, conclude=None, known=(), numbers=KINDS):
+def _finish(work: Work, counts, shape, partial, sums, sums_spec, parts, conclude=None, known=()):
     grid, in_specs, out_spec, out_shape = combine_call(counts, shape, partial, dtype=jnp.float32)
     out, found = _pallas.call(
         functools.partial(_finish_kernel, work=work, parts=parts, conclude=conclude),
         name="combine_parts",
         grid=(*grid[:2], grid[2] + 1),
         in_specs=[*in_specs, sums_spec, *(spec for _, spec in known)],
-        out_specs=[out_spec, pl.BlockSpec((None, None, numbers), lambda row, g, part: (row, g, 0))],
-        out_shape=[out_shape, jax.ShapeDtypeStruct((counts.size, shape[2], numbers), jnp.float32)],
+        out_specs=[out_spec, pl.BlockSpec((None, None, KINDS), lambda row, g, part: (row, g, 0))],
+        out_shape=[out_shape, jax.ShapeDtypeStruct((counts.size, shape[2], KINDS), jnp.float32)],
     )(by_row(counts), *partial, sums, *(array for array, _ in known))
-    return by_query(out, shape), found.reshape(*shape[:3], numbers)
+    return by_query(out, shape), found.reshape(*shape[:3], KINDS)

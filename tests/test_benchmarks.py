@@ -264,7 +264,16 @@ class TestCertificate:
 
     def test_tables_and_picture(self, tmp_path):
         ways = certificate.choices((0.5, 0.95), 1e-3, ("drop", "mean"))
-        base = {"captured": 0.97, "short": 0.0005, "kept": 0.2, "verified": 0.96, "bytes_read": 0.3, "head_steps": 1000}
+        base = {
+            "captured": 0.97,
+            "short": 0.0005,
+            "kept": 0.2,
+            "verified": 0.96,
+            "certified": 0.99,
+            "extended": 0.002,
+            "bytes_read": 0.3,
+            "head_steps": 1000,
+        }
         rows = [
             {"heads": heads, **way, **base, "divergence": 0.01, "output_error": 0.1 if way["tail"] == "drop" else 0.05}
             for way in ways
@@ -273,7 +282,10 @@ class TestCertificate:
         content = {"rows": rows, "kinds": {"needle": "one token"}}
         table = certificate_report.table(content).split("\n")
         assert len(table) == 2 + 6
-        assert "| certified | 0.95 | 0.970 | 0.050% | 0.960 | 20.0% | 30.0% | 1.0e-02 | 10.0% | 5.0% |" in table
+        assert (
+            "| certified | 0.95 | 0.970 | 0.050% | 0.960 | 99.0% | 0.200% | 20.0% | 30.0% | 1.0e-02 | 10.0% | 5.0% |"
+            in table
+        )
         hard = certificate_report.hard_table(content, 0.95).split("\n")
         assert hard[2] == "| needle | 1,000 |" + " 0.050% | 20.0% |" * 3
         plots = pytest.importorskip("benchmarks.quality.plots")

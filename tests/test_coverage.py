@@ -42,7 +42,8 @@ def test_certified_selection_holds_p():
         assert abs(difference.mean()) < 0.002 and np.sqrt(np.mean(difference**2)) < 0.01, kind
         # The bound is one, and of some use.
         assert np.mean(found["captured"] < found["bound"]) < 5 * failure_rate, kind
-        assert np.mean(found["certified"]) > 0.9, kind
+        # Nearly all heads are shown to hold p, and few take a second round for it.
+        assert np.mean(found["certified"]) > 0.99 and np.mean(found["extended"]) < 0.1, kind
         plain = measure(kind, FEW, top_p=p)
         assert np.mean(plain["captured"] < p) > 100 * failure_rate, kind
         assert plain["kept"].mean() < found["kept"].mean() < 0.75, kind
