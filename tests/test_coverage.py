@@ -46,7 +46,7 @@ def test_certified_selection_holds_p():
         assert np.mean(found["certified"]) > 0.99 and np.mean(found["extended"]) < 0.1, kind
         plain = measure(kind, FEW, top_p=p)
         assert np.mean(plain["captured"] < p) > 100 * failure_rate, kind
-        assert plain["kept"].mean() < found["kept"].mean() < 0.75, kind
+        assert plain["kept"].mean() < found["kept"].mean() < 0.8, kind
         kept[kind] = found["own_kept"].mean()
 
     # A larger failure rate keeps less. Aligned heads, whose errors depend on each other, come nearest to theirs.
