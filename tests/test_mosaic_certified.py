@@ -461,6 +461,7 @@ def test_what_follows_from_sums_in_an_emulator(is_short, monkeypatch):
     short = want.bound < config.top_p
     assert bool(jnp.all(short)) == bool(jnp.any(short)) == is_short
     lower, below = extended_thresholds(search, limits.mass, thresholds, limits.below, want, short, top_p=config.top_p)
+    assert dataclasses.fields(want)[BOUND].name == "bound"
     again = bins.lower(first, found)
     got = _Limits(*jnp.moveaxis(again[:, :, :3], -1, 0))
     np.testing.assert_allclose(got.thresholds(K).bulk, lower.bulk, rtol=1e-5)
