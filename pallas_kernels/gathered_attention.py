@@ -80,7 +80,6 @@ def for_each_list(counts_ref, work: "Work", body, ends_ref=None):
     def one_list(head, _):
         begin, end = split.tiles_of(head)
         place = program + head
-
         if ends_ref is not None:
             _store_where(start <= begin, ends_ref, (head, 0), place)
             _store_where(stop >= end, ends_ref, (head, 1), place)

@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from benchmarks.exact import exact_logits
 from benchmarks.shapes import Shape
-from pallas_kernels import mosaic_certified, mosaic_compact
+from pallas_kernels import mosaic_certified, mosaic_compact, mosaic_found
 from pallas_kernels.mosaic_bins import BINS, LARGEST_DEVIATION, MASS_UNIT
 from pallas_kernels.mosaic_certified_threshold import SPREAD
 from pallas_kernels.mosaic_rules import BOUND
@@ -299,6 +299,13 @@ def check_verified_attention(shape, kept_share=0.2):
 def test_verified_attention_on_bins_in_an_emulator(shape, monkeypatch):
     emulate(monkeypatch)
     check_verified_attention(shape)
+
+
+def test_normal_distribution_in_an_emulator(monkeypatch):
+    emulate(monkeypatch)
+    # A number for each thread.
+    x = np.linspace(-12, 12, 128, dtype=np.float32)
+    np.testing.assert_allclose(mosaic_found.normal_cdf(x), norm.cdf(x.astype(np.float64)), rtol=2e-5)
 
 
 def case(shape, config, seed=0, size=1.0, lengths=None):
