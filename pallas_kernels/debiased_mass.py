@@ -46,11 +46,11 @@ def _kernel(
                 first, second = sums
                 token = start + i * tile + jnp.arange(tile, dtype=jnp.int32)
                 scored = (token >= sink) & (token < quantized)
-                variance = deviation(noise_ref[g], scale_ref[pl.ds(start + i * tile, tile)], least_deviation) ** 2
-                score = scores_ref[g, pl.ds(start + i * tile, tile)]
-                weight = jnp.exp(score - variance / 2 - peak_ref[g])
+                sd = deviation(noise_ref[g], scale_ref[pl.ds(start + i * tile, tile)], least_deviation)
+                debiased = scores_ref[g, pl.ds(start + i * tile, tile)] - 0.5 * sd * sd
+                weight = jnp.exp(debiased - peak_ref[g])
                 # What is not finite is below no threshold, and always kept.
-                below = scored[None, :] & ((score - variance)[None, :] < threshold)
+                below = scored[None, :] & (debiased[None, :] < threshold)
                 return first + jnp.where(below, weight[None, :], 0), second + jnp.where(below, (weight**2)[None, :], 0)
 
             zero = jnp.zeros((ways, tile), jnp.float32)

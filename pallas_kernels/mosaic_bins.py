@@ -18,10 +18,6 @@ BINS_PER_NAT = 8
 HEADS = 4
 # Places of a score in its bin, and above the bins, are counted in steps of 1/256.
 PLACES = 256
-# The largest deviation of a score whose weight is counted. Weights are of at most 2^21 units, those of a block's tokens
-# add up to 2^31 at most.
-LARGEST_DEVIATION, MASS_BITS = 4.0, 21
-MASS_UNIT = 2.0**-MASS_BITS * math.exp(LARGEST_DEVIATION**2 / 2)
 LOG2_E = math.log2(math.e)
 
 
@@ -33,9 +29,9 @@ def state_words(heads: int, blocks: int) -> int:
 class State:
     """Where a row's numbers lie in the state.
 
-    bins [H,256,2]: sums of places, and counts; or sums of weights, in 64 bits; above [H,256]: 256 times as many tokens
-    as are surely i to i + 1 bins above base; peaks [H], as unsigned numbers in the order of the f32; the bits of the
-    largest scale [1]; blocks [N], for `mosaic_compact`.
+    bins [H,256,2]: sums of places, and counts; above [H,256]: 256 times as many tokens as are surely i to i + 1 bins
+    above base; peaks [H], as unsigned numbers in the order of the f32; the bits of the largest scale [1]; blocks [N],
+    for `mosaic_compact`.
     """
 
     def __init__(self, ref, row, heads: int, words: int):

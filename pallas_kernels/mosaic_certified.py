@@ -1,7 +1,7 @@
 """Scores with noise and the tokens that hold a share of the true mass, in two launches; for Hopper GPUs.
 
-score_bins   codes and bit planes -> one byte a score, weights of bins
-compact      weights -> limits; bytes -> the list of tokens
+score_bins   codes and bit planes -> one byte a score, counts of bins
+compact      counts -> limits; bytes -> the list of tokens
 
 and once more, by limits that are given, for heads whose share was verified to be short.
 """
@@ -12,11 +12,11 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas, mosaic_compact, mosaic_score_bins
 from pallas_kernels.gathered_attention import by_row
-from pallas_kernels.mosaic_bins import BINS, MASS_UNIT
+from pallas_kernels.mosaic_bins import BINS, PLACES
 from pallas_kernels.mosaic_certified_threshold import LIMITS, Rule
 from pallas_kernels.mosaic_top_p import zeros
 
-__all__ = ["LIMITS", "Rule", "find_again", "load_spreads", "score_and_select", "select_again", "zeros"]
+__all__ = ["LIMITS", "Rule", "find_again", "load_counts", "score_and_select", "select_again", "zeros"]
 
 
 def score_and_select(
@@ -30,7 +30,7 @@ def score_and_select(
         `mosaic_top_p.score_and_select`.
 
     Returns:
-      Bins int32 [B,K,G,T/4]; the state, int32 [B,K,Z], for `load_spreads`; and indices int32 [B,K,T], counts int32
+      Bins int32 [B,K,G,T/4]; the state, int32 [B,K,Z], for `load_counts`; and indices int32 [B,K,T], counts int32
       [B,K] and limits float32 [B,K,H,LIMITS].
 
     Raises:
@@ -89,11 +89,10 @@ def find_again(find, summary, limits, state):
     return out.reshape(limits.shape)
 
 
-def load_spreads(state_ref, head):
-    """In a portable kernel, from a kv head's state [Z]: sums of e^(sd^2 / 2) over the tokens of each bin of z - sd^2,
-    less for those below its upper edge, from the worst bin up, behind a zero: float32 [256]."""
+def load_counts(state_ref, head):
+    """In a portable kernel, from a kv head's state [Z]: the sum of the tokens' places in each bin of debiased logits,
+    from 0 at its upper edge to 1, and how many they are; from the worst bin up, behind a zero: two float32 [256]."""
     place = jnp.arange(BINS)
     at = 2 * (head * BINS + BINS - place)
-    low, high = (_pallas.load_masked(state_ref, (at + i,), place > 0) for i in range(2))
-    unsigned = jnp.where(low < 0, 2.0**32, 0.0) + low.astype(jnp.float32)
-    return (unsigned + 2.0**32 * high.astype(jnp.float32)) * MASS_UNIT
+    places, counts = (_pallas.load_masked(state_ref, (at + i,), place > 0).astype(jnp.float32) for i in range(2))
+    return places / PLACES, counts

@@ -19,7 +19,16 @@ import jax.numpy as jnp
 from pallas_kernels import _mosaic as m
 from pallas_kernels import mosaic_certified_threshold as certified
 from pallas_kernels.mosaic_bins import State, state_words
-from pallas_kernels.mosaic_rules import LANE_TOKENS, LIMITS, Given, Rule, TopP, Weights
+from pallas_kernels.mosaic_rules import (
+    LANE_TOKENS,
+    LIMITS,
+    Given,
+    Rule,
+    TopP,
+    Weights,
+    comparisons,
+    kept_tokens,
+)
 from pallas_kernels.mosaic_top_p_threshold import warp_sum
 
 PASS_TOKENS = LANE_TOKENS * m.WARPGROUP
@@ -70,9 +79,9 @@ def compact_noisy(
     Returns:
       indices and counts, as `compact`; limits float32 [B,K,H,LIMITS] of `mosaic_certified_threshold`.
     """
-    inputs = base, exact_lse, noise, scale
+    rules, inputs = Weights(rule=rule, group=bins.shape[2]), (base, exact_lse, noise, scale)
     reports = ((jnp.float32, (LIMITS,)),)
-    return _call(Weights(rule=rule), inputs, bins, base.shape[2], state, quantized, length, reports, sink=sink)
+    return _call(rules, inputs, bins, base.shape[2], state, quantized, length, reports, sink=sink)
 
 
 def compact_given(
@@ -161,7 +170,7 @@ def _kernel(sizes: _Sizes, bins, *refs):
 
     def run():
         first_words = _load_bins(sizes, bins, row, start, 0)
-        _find_limits(sizes, row, block, inputs, quantized, state, reports, shared)
+        _find_limits(sizes, row, block, inputs, state, reports, shared)
         m.barrier()
         masks = _masks(sizes, bins, inputs, row, first_words, start, quantized, length, shared)
         place, total = _places(sizes, masks, block, state, shared)
@@ -189,14 +198,13 @@ def _load_bins(sizes: _Sizes, bins, row, start, i):
     return [w for head in range(sizes.group) for w in m.load(at, words=4, offset=sizes.tokens * head)]
 
 
-def _find_limits(sizes: _Sizes, row, block, inputs, quantized, state, reports, shared):
+def _find_limits(sizes: _Sizes, row, block, inputs, state, reports, shared):
     """What each head keeps, to shared memory, the rule's words [WORDS,H]; the first block of a row reports."""
     warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), 31)
     for group in range(sizes.heads // 4):
         head = m.add(warp, 4 * group)
         place = m.add(m.multiply(row, sizes.heads), head)
-        scored = m.maximum_signed(m.subtract(quantized, sizes.sink), 0)
-        words, report = sizes.rule.find(inputs, place, head, lane, scored, state)
+        words, report = sizes.rule.find(inputs, place, head, lane, state)
 
         def store(head=head, place=place, words=words, report=report):
             for i, word in enumerate(words):
@@ -208,28 +216,12 @@ def _find_limits(sizes: _Sizes, row, block, inputs, quantized, state, reports, s
 
 def _masks(sizes: _Sizes, bins, inputs, row, words, start, quantized, length, shared):
     """16 bits a thread, for each pass: tokens that are attended. `words` are those of the first pass."""
-    # Byte x is at least k if, of its high bit and the carry of the lower bits into it, one is set (k < 128), or both.
-    # For k = 256 none is.
-    compare, kept_bins = [], [m.load_shared(shared, offset=4 * head)[0] for head in range(sizes.group)]
-    for kept in kept_bins:
-        addend = m.multiply(m.subtract(128, m.bit_and(kept, 127)), 0x01010101)
-        compare.append((m.select(m.less(kept, 256), addend, 0), m.select(m.less(kept, 128), 0xFFFFFFFF, 0)))
+    compare = comparisons([m.load_shared(shared, offset=4 * head)[0] for head in range(sizes.group)])
 
     def mask(i, words):
-        nibbles = []
-        for word in range(LANE_TOKENS // 4):
-            dropped = m.value(0x80808080)
-            for head, (addend, either) in enumerate(compare):
-                four = words[LANE_TOKENS // 4 * head + word]
-                carries = m.add(m.bit_and(four, 0x7F7F7F7F), addend)
-                dropped = m.bit_and(dropped, m.majority(carries, four, either))
-            kept = m.right(m.bit_xor(dropped, 0x80808080), 7)
-            # The lowest bits of four bytes, side by side.
-            nibbles.append(m.right(m.multiply(kept, 0x01020408), 24))
-        bits = functools.reduce(m.bit_or, [m.left(m.bit_and(n, 15), 4 * j) for j, n in enumerate(nibbles)])
         token = _token(start, i)
-        more = sizes.rule.more(sizes.heads, sizes.tokens, inputs, row, token, words, kept_bins, shared)
-        bits = bits if more is None else m.bit_or(bits, more)
+        bits = kept_tokens(words, compare)
+        bits = sizes.rule.more(sizes.heads, sizes.tokens, inputs, row, token, words, bits, shared)
         below = [_bits_below(limit, token) for limit in (m.value(sizes.sink), quantized, length)]
         sinks, coded, held = below
         is_scored = m.bit_and(coded, m.bit_xor(sinks, 0xFFFF))

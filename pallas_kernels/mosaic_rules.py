@@ -19,6 +19,34 @@ LIMITS = certified.LIMITS
 BOUND = 5
 
 
+def comparisons(kept):
+    """What `kept_tokens` compares bytes with, for each head's number of kept bins, of 0 to 256."""
+    # Byte x is at least k if, of its high bit and the carry of the lower bits into it, one is set (k < 128), or both.
+    # For k = 256 none is.
+    return [
+        (
+            m.select(m.less(k, 256), m.multiply(m.subtract(128, m.bit_and(k, 127)), 0x01010101), 0),
+            m.select(m.less(k, 128), 0xFFFFFFFF, 0),
+        )
+        for k in kept
+    ]
+
+
+def kept_tokens(words, compare):
+    """16 bits, of tokens whose byte in some head's words, 4 for each head in turn, is below its number of kept bins."""
+    nibbles = []
+    for word in range(LANE_TOKENS // 4):
+        dropped = m.value(0x80808080)
+        for head, (addend, either) in enumerate(compare):
+            four = words[LANE_TOKENS // 4 * head + word]
+            carries = m.add(m.bit_and(four, 0x7F7F7F7F), addend)
+            dropped = m.bit_and(dropped, m.majority(carries, four, either))
+        kept = m.right(m.bit_xor(dropped, 0x80808080), 7)
+        # The lowest bits of four bytes, side by side.
+        nibbles.append(m.right(m.multiply(kept, 0x01020408), 24))
+    return functools.reduce(m.bit_or, [m.left(m.bit_and(n, 15), 4 * j) for j, n in enumerate(nibbles)])
+
+
 def _load_floats(arrays, place):
     return [m.as_float(m.load(m.address(x, place))[0]) for x in arrays]
 
@@ -36,13 +64,14 @@ class Rule:
         del inputs, row
         return length
 
-    def find(self, inputs, place, head, lane, scored, state: State):
+    def find(self, inputs, place, head, lane, state: State):
         """A head's words, the same in all lanes; and a function of the arrays of reports and the place there."""
         raise NotImplementedError
 
-    def more(self, heads: int, tokens: int, inputs, row, token, words, kept, shared):
-        """16 bits, of tokens that are kept besides; None where the rule has no such tokens."""
-        del heads, tokens, inputs, row, token, words, kept, shared
+    def more(self, heads: int, tokens: int, inputs, row, token, words, bits, shared):
+        """16 bits, of the tokens that are kept by how many bins are, and of those that are kept besides."""
+        del heads, tokens, inputs, row, token, words, shared
+        return bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +81,7 @@ class TopP(Rule):
     top_p: float
     INPUTS, WORDS = 2, 1
 
-    def find(self, inputs, place, head, lane, scored, state: State):
+    def find(self, inputs, place, head, lane, state: State):
         top, lse = _load_floats(inputs, place)
         peak = t.from_key(m.load(state.peak(head))[0])
         words, above = t.load_bins(state, head, lane)
@@ -68,43 +97,45 @@ class TopP(Rule):
 class _ByDeviation(Rule):
     """Bins kept for all tokens, and more for those whose scores could be those of single tokens of great weight."""
 
-    WORDS = 3
+    WORDS = 5
+    group: int
 
     @property
     def margin(self) -> bool:
         """Whether any token is kept for its deviation."""
         return True
 
-    def more(self, heads: int, tokens: int, inputs, row, token, words, kept, shared):
+    def more(self, heads: int, tokens: int, inputs, row, token, words, bits, shared):
         if not self.margin:
-            return None
-        depths, gains = (
-            [m.as_float(m.load_shared(shared, offset=4 * (heads * i + head))[0]) for head in range(len(kept))]
-            for i in (1, 2)
-        )
+            return bits
+        kept, most = ([m.load_shared(shared, offset=4 * (heads * i + h))[0] for h in range(self.group)] for i in (0, 1))
 
-        def look(_):
+        def look(bits):
+            # Few tokens are in bins where their scales matter.
+            candidates = m.bit_and(kept_tokens(words, comparisons(most)), m.bit_xor(bits[0], 0xFFFF))
+            return m.update(m.less(0, candidates), bits, functools.partial(look_at_scales, candidates))
+
+        def look_at_scales(candidates, bits):
             at = m.minimum_signed(token, tokens - LANE_TOKENS)
             at = m.address(inputs[-1], m.right(m.add(m.multiply(row, tokens), at), 1))
             pairs = [w for i in range(LANE_TOKENS // 8) for w in m.load(at, words=4, offset=16 * i)]
             scales = [x for pair in pairs for x in m.bfloat16_pair(pair)]
-            largest = functools.reduce(m.maximum, scales)
-            bits = [m.value(0)]
-            for head, (depth, gain, kept_by_all) in enumerate(zip(depths, gains, kept, strict=True)):
-                matters = m.not_less(certified.bins_of(depth, gain, largest), kept_by_all)
-                bits = m.update(matters, bits, functools.partial(look_at_head, head, depth, gain, scales))
+            for head in range(self.group):
+                look_at = functools.partial(look_at_head, head, scales)
+                bits = m.update(m.less(kept[head], most[head]), bits, look_at)
             return bits
 
-        def look_at_head(head, depth, gain, scales, bits):
+        def look_at_head(head, scales, bits):
             (found,) = bits
+            margin = [m.as_float(m.load_shared(shared, offset=4 * (heads * i + head))[0]) for i in (2, 3, 4)]
             for i, scale in enumerate(scales):
                 byte = m.bit_and(m.right(words[LANE_TOKENS // 4 * head + i // 4], 8 * (i % 4)), BINS - 1)
-                is_kept = m.less(byte, m.add(certified.bins_of(depth, gain, scale), 1))
+                is_kept = m.less(byte, m.add(certified.bins_of(scale, *margin), 1))
                 found = m.bit_or(found, m.select(is_kept, 1 << i, 0))
             return [found]
 
-        deepest = functools.reduce(m.maximum, depths)
-        return m.update(m.less_float(certified.NEVER, deepest), [m.value(0)], look)[0]
+        matters = functools.reduce(m.either, map(m.less, kept, most))
+        return m.update(matters, [bits], look)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,23 +143,23 @@ class Weights(_ByDeviation):
     """Bins that hold a share of the true mass."""
 
     rule: certified.Rule
+    group: int
     INPUTS = 4
 
     @property
     def margin(self) -> bool:
         return self.rule.certified
 
-    def find(self, inputs, place, head, lane, scored, state: State):
+    def find(self, inputs, place, head, lane, state: State):
         top, lse, noise = _load_floats(inputs[:3], place)
-        limits = certified.find_limits(self.rule, lane, state, head, top, lse, noise, scored)
+        limits = certified.find_limits(self.rule, lane, state, head, top, lse, noise)
 
         def report(reports, place):
             at = m.address(reports[0], m.multiply(place, LIMITS))
             for i in range(0, LIMITS, 4):
                 m.store(at, [m.as_int(x) for x in limits[i : i + 4]], offset=4 * i)
 
-        largest_scale = m.as_float(m.load(state.largest_scale())[0])
-        return certified.words(limits, self.rule.deviations, largest_scale), report
+        return certified.words(limits, self.rule.deviations), report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +178,7 @@ class Given(_ByDeviation):
         short = functools.reduce(m.either, [m.less_float(bound, self.top_p) for bound in bounds])
         return m.select(short, length, 0)
 
-    def find(self, inputs, place, head, lane, scored, state: State):
+    def find(self, inputs, place, head, lane, state: State):
         at = m.address(inputs[0], m.multiply(place, LIMITS))
         limits = [m.as_float(word) for i in range(0, LIMITS, 4) for word in m.load(at, words=4, offset=4 * i)]
-        return certified.words(limits, self.deviations, None), lambda reports, place: None
+        return certified.words(limits, self.deviations), lambda reports, place: None

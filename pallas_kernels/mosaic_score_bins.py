@@ -8,11 +8,9 @@ Bin 0 says little of scores above base. But each lane knows the largest of its o
 base, added up over a warp, are worth so many tokens of the warp's largest score, and no more than the warp holds: the
 row counts these, in steps of 1/256, in bins that go up from base.
 
-Where estimates come with their deviation sd = noise * scale, tokens are counted as certified selection wants them
-(rabitq_jax/thresholds.py): in the bin of z - sd^2, with the weight e^(z - sd^2 / 2) of the bin's middle, which differs
-from the mean over the bin by a few thousandths. A word then holds a sum of weights, in steps of `MASS_UNIT` of what the
-bin's upper edge weighs without noise. The byte is that of z as before. A token whose deviation is above
-`LARGEST_DEVIATION` is not counted, and goes to bin 0, whatever its score.
+Where estimates z come with their deviation sd = noise * scale, tokens are counted as certified selection wants them
+(rabitq_jax/thresholds.py): by their debiased logits z - sd^2 / 2. The byte is the bin of what they are kept by,
+z + sd^2 / 2.
 """
 
 import functools
@@ -26,9 +24,9 @@ from pallas_kernels.mosaic_bins import BINS, HEADS, State
 from pallas_kernels.mosaic_scorers import (
     LEAST_BLOCK_TOKENS,
     STEP_TOKENS,
+    NoisyScorer,
     Scorer,
     Sizes,
-    WeightScorer,
     clear_shared,
 )
 
@@ -45,7 +43,7 @@ def takes(tokens: int, words: int, centroids: int) -> bool:
 def score_bins(
     planes, factors, base, shift, bits, scale, bias, bias_gain, state, *, group: int, first: int, stop, noise=None
 ):
-    """Bins of scores, their counts, and the largest score; or weights, if scores have `noise`.
+    """Bins of scores, their counts, and the largest score.
 
     Args:
       planes, factors, base, shift: of `rabitq_jax.prepared_query.PreparedQuery`, [B,K,H,...]; G heads are real.
@@ -101,7 +99,7 @@ def _kernel(sizes: Sizes, planes, factors, base, shift, bits, scale, *rest):
 
     def run(all_scored: bool):
         clear_shared(sizes, shared)
-        scorer = WeightScorer if sizes.noisy else Scorer
+        scorer = NoisyScorer if sizes.noisy else Scorer
         arrays = planes, factors, base, shift, bits, scale, bias, noise, bins
         score = scorer(sizes, row, stop, *arrays, shared, all_scored)
         peaks = m.loop(sizes.block // LEAST_BLOCK_TOKENS, score.no_peaks(), lambda i, peaks: score(start, i, peaks))

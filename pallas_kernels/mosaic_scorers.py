@@ -23,9 +23,7 @@ from pallas_kernels.mosaic_bins import (
     BINS,
     BINS_PER_NAT,
     HEADS,
-    LARGEST_DEVIATION,
     LOG2_E,
-    MASS_BITS,
     PLACES,
     State,
 )
@@ -77,12 +75,12 @@ class Scorer:
             # Half a bin less: the conversion to an integer rounds to nearest.
             top = m.fma(self.bases[-1], BINS_PER_NAT / (BINS - 1), -0.5 / (BINS - 1))
             self.factors.append((m.add_float(gain, gain), m.multiply_float(gain, minus_sum), top))
-        self.variances = [self._variance(noise, h) for h in range(sizes.groups)] if noise is not None else []
+        # Of a unit of scale, of this lane's heads.
+        self.half_variances = [self._half_variance(noise, h) for h in range(sizes.groups)] if sizes.noisy else []
 
-    def _variance(self, noise, h):
-        """Of a unit of scale, of this lane's head of group h."""
+    def _half_variance(self, noise, h):
         deviation = m.as_float(m.load(m.address(noise, self._head(h)))[0])
-        return m.multiply_float(deviation, deviation)
+        return m.multiply_float(m.multiply_float(deviation, deviation), 0.5)
 
     def _head(self, h):
         """Index in [R,H] of this lane's head of group h."""
@@ -161,7 +159,12 @@ class Scorer:
 
     def see_scores(self, h, scores, scales, scored, peaks):
         """Count four tokens' scores in their bins: i32 whose lowest bytes these are; and the largest scores so far."""
-        peak, bins = peaks[h], []
+        del scales
+        bins, peak = self._count(h, scores, scored, peaks[h])
+        return bins, [*peaks[:h], peak, *peaks[h + 1 :]]
+
+    def _count(self, h, scores, scored, peak):
+        bins = []
         for z, is_scored in zip(scores, scored, strict=True):
             larger = m.maximum(peak, m.minimum(z, 3e38))
             peak = larger if is_scored is None else m.select(is_scored, larger, peak)
@@ -170,7 +173,7 @@ class Scorer:
             one = m.fma(_place(bin_, depth), float(PLACES), 2.0**23 + 2**COUNT_BITS + PLACES // 2)
             self._add(h, bin_, m.bit_and(m.as_int(one), 2**23 - 1), is_scored)
             bins.append(m.as_int(bin_))
-        return bins, [*peaks[:h], peak, *peaks[h + 1 :]]
+        return bins, peak
 
     def _add(self, h, bin_, word, where):
         """Add to the word of a bin in shared memory, [group][bin][head of 4]."""
@@ -178,49 +181,55 @@ class Scorer:
         m.add_shared(m.add(self.shared, place), word, offset=4 * HEADS * BINS * h, where=where)
 
     def flush(self, peaks, state: State):
-        """Add the block's bins, and its largest scores, to the row's."""
+        """Add the block's bins, and its largest scores, one a group and lane, to the row's."""
+        sizes, shared, lane = self.sizes, self.shared, m.bit_and(m.thread_index(), 31)
+        for h, (mine, base) in enumerate(zip(peaks, self.bases, strict=True)):
+            peak = mine
+            for lanes in (4, 8, 16):
+                peak = m.maximum(peak, m.shuffle_xor(peak, lanes))
+            at = m.add(m.add(shared, 4 * (sizes.padded * BINS + HEADS * h)), m.left(lane, 2))
+            m.when(m.less(lane, HEADS), functools.partial(m.max_shared, at, _key(peak)))
+            as_large = m.exp2(m.multiply_float(m.subtract_float(mine, peak), LOG2_E))
+            as_large = m.select(m.less_float(base, mine), as_large, 0.0)
+            for lanes in (4, 8, 16):
+                as_large = m.add_float(as_large, m.shuffle_xor(as_large, lanes))
+            height = m.minimum(m.multiply_float(m.subtract_float(peak, base), float(BINS_PER_NAT)), BINS - 1.0)
+            count = m.to_integer(m.multiply_float(as_large, float(PLACES)))
+            above = state.above(m.add(lane, HEADS * h), m.to_integer(height))
+            is_above = m.both(m.less(lane, HEADS), m.less_float(base, peak))
+            m.when(is_above, functools.partial(m.add_global, above, count))
+        m.barrier()
+        for h in range(sizes.groups):
+            for i in range(BINS // m.WARPGROUP):
+                bin_ = m.add(m.thread_index(), m.WARPGROUP * i)
+                four = m.load_shared(m.add(shared, m.left(bin_, 4)), words=4, offset=4 * HEADS * BINS * h)
+                for head, word in enumerate(four):
+                    places, count = m.bit_and(word, 2**COUNT_BITS - 1), m.right(word, COUNT_BITS)
+                    m.add_global_pair(state.bin(m.value(HEADS * h + head), bin_), places, count)
 
-        def add_bin(head, bin_, word):
-            places, count = m.bit_and(word, 2**COUNT_BITS - 1), m.right(word, COUNT_BITS)
-            m.add_global_pair(state.bin(head, bin_), places, count)
+        def keep_peak():
+            m.max_global(state.peak(m.thread_index()), m.load_shared(_peak_address(sizes, shared))[0])
 
-        _flush(self.sizes, peaks, self.bases, self.shared, state, add_bin)
+        m.when(m.less(m.thread_index(), sizes.padded), keep_peak)
 
 
-class WeightScorer(Scorer):
-    """Of scores with noise. Carries of each group's head the largest z - sd^2, and that token's z - sd^2 / 2; and the
-    largest scale."""
+class NoisyScorer(Scorer):
+    """Of scores with noise: counts debiased logits z - sd^2 / 2, and gives the bins of z + sd^2 / 2. Carries the
+    largest scale besides."""
 
     def no_peaks(self):
-        return [m.value(float("-inf"))] * (2 * self.sizes.groups) + [m.value(0.0)]
+        return [*super().no_peaks(), m.value(0.0)]
 
     def see_scores(self, h, scores, scales, scored, peaks):
-        """Add four tokens' weights in the bins of z - sd^2; returns the bins of z, and the largest so far."""
-        top, bins, seen = self.factors[h][2], [], []
-        in_the_middle = MASS_BITS - LOG2_E * (LARGEST_DEVIATION**2 / 2 + 0.5 / BINS_PER_NAT)
-        for z, scale, is_scored in zip(scores, scales, scored, strict=True):
-            variance = m.multiply_float(m.multiply_float(scale, scale), self.variances[h])
-            usable = m.not_less_float(LARGEST_DEVIATION**2, variance)
-            counted = usable if is_scored is None else m.both(usable, is_scored)
-            tilted = m.subtract_float(z, variance)
-            weight = m.exp2(m.fma(variance, LOG2_E / 2, in_the_middle))
-            self._add(h, _bin(tilted, top)[0], m.as_int(_as_subnormal(weight)), counted)
-            bins.append(m.select(usable, m.as_int(_bin(z, top)[0]), 0))
-            seen.append((z, variance, tilted, counted))
-        if h == 0:
-            peaks = [*peaks[:-1], self._largest_scale(peaks[-1], scales, scored)]
-
-        def see_peaks(peak):
-            for z, variance, tilted, counted in seen:
-                tilted, log_weight = m.minimum(tilted, 3e38), m.minimum(m.fma(variance, -0.5, z), 3e38)
-                larger = m.both(counted, m.less_float(peak[0], tilted))
-                peak = [m.select(larger, new, old) for new, old in zip((tilted, log_weight), peak, strict=True)]
-            return peak
-
-        # Few tokens are above the bins.
-        above = m.negate(m.not_less_float(self.bases[h], functools.reduce(m.maximum, [x[2] for x in seen])))
-        mine = m.update(above, peaks[2 * h : 2 * h + 2], see_peaks)
-        return bins, [*peaks[: 2 * h], *mine, *peaks[2 * h + 2 :]]
+        half = self.half_variances[h]
+        minus_half = m.subtract_float(0.0, half)
+        squares = [m.multiply_float(scale, scale) for scale in scales]
+        debiased = [m.fma(square, minus_half, z) for square, z in zip(squares, scores, strict=True)]
+        raised = [m.fma(square, half, z) for square, z in zip(squares, scores, strict=True)]
+        _, peak = self._count(h, debiased, scored, peaks[h])
+        bins = [m.as_int(_bin(z, self.factors[h][2])[0]) for z in raised]
+        largest = self._largest_scale(peaks[-1], scales, scored) if h == 0 else peaks[-1]
+        return bins, [*peaks[:h], peak, *peaks[h + 1 : -1], largest]
 
     def _largest_scale(self, largest, scales, scored):
         for scale, is_scored in zip(scales, scored, strict=True):
@@ -229,15 +238,10 @@ class WeightScorer(Scorer):
         return largest
 
     def flush(self, peaks, state: State):
-        """Add the block's weights, its largest scale, and what weighs more than any bin, to the row's."""
-        largest = functools.partial(m.max_global, state.largest_scale(), m.as_int(peaks[-1]))
-        m.when(m.less_float(0.0, peaks[-1]), largest)
-        above = [
-            m.select(m.less_float(base, tilted), log_weight, float("-inf"))
-            for base, tilted, log_weight in zip(self.bases, peaks[:-1:2], peaks[1:-1:2], strict=True)
-        ]
-        add_bin = lambda head, bin_, word: m.add_global_wide(state.bin(head, bin_), word)  # noqa: E731
-        _flush(self.sizes, above, self.bases, self.shared, state, add_bin)
+        *peaks, largest = peaks
+        raise_largest = functools.partial(m.max_global, state.largest_scale(), m.as_int(largest))
+        m.when(m.less_float(0.0, largest), raise_largest)
+        super().flush(peaks, state)
 
 
 def _dots(fragments, columns):
@@ -268,11 +272,6 @@ def _affine(dot, gain, offset, scale, shift):
     return m.ptx(text, [m.as_float(dot), gain, offset, scale, shift], "f")[0]
 
 
-def _as_subnormal(x):
-    """x 2^-149, an f32 whose bits are those of x rounded to an integer."""
-    return m.ptx("mul.rn.f32 $0, $1, 0f00000001;", [x], "f")[0]
-
-
 def _bin(z, top):
     """An f32 whose bits' lowest byte is the bin, and a depth for `_place`."""
     # Saturate 8 (base - z) / 255 to [0, 1], half a bin early, then let 2^23 round it to an integer.
@@ -298,38 +297,6 @@ def clear_shared(sizes: Sizes, shared):
 def _peak_address(sizes: Sizes, shared):
     """Shared address of the thread's peak."""
     return m.add(m.add(shared, 4 * sizes.padded * BINS), m.left(m.thread_index(), 2))
-
-
-def _flush(sizes: Sizes, peaks, bases, shared, state: State, add_bin):
-    """Add the block's bins to the row's by `add_bin(head, bin, word)`; and its largest scores, one a group and lane."""
-    lane = m.bit_and(m.thread_index(), 31)
-    for h, (mine, base) in enumerate(zip(peaks, bases, strict=True)):
-        peak = mine
-        for lanes in (4, 8, 16):
-            peak = m.maximum(peak, m.shuffle_xor(peak, lanes))
-        at = m.add(m.add(shared, 4 * (sizes.padded * BINS + HEADS * h)), m.left(lane, 2))
-        m.when(m.less(lane, HEADS), functools.partial(m.max_shared, at, _key(peak)))
-        as_large = m.exp2(m.multiply_float(m.subtract_float(mine, peak), LOG2_E))
-        as_large = m.select(m.less_float(base, mine), as_large, 0.0)
-        for lanes in (4, 8, 16):
-            as_large = m.add_float(as_large, m.shuffle_xor(as_large, lanes))
-        height = m.minimum(m.multiply_float(m.subtract_float(peak, base), float(BINS_PER_NAT)), BINS - 1.0)
-        count = m.to_integer(m.multiply_float(as_large, float(PLACES)))
-        above = state.above(m.add(lane, HEADS * h), m.to_integer(height))
-        is_above = m.both(m.less(lane, HEADS), m.less_float(base, peak))
-        m.when(is_above, functools.partial(m.add_global, above, count))
-    m.barrier()
-    for h in range(sizes.groups):
-        for i in range(BINS // m.WARPGROUP):
-            bin_ = m.add(m.thread_index(), m.WARPGROUP * i)
-            four = m.load_shared(m.add(shared, m.left(bin_, 4)), words=4, offset=4 * HEADS * BINS * h)
-            for head, word in enumerate(four):
-                add_bin(m.value(HEADS * h + head), bin_, word)
-
-    def keep_peak():
-        m.max_global(state.peak(m.thread_index()), m.load_shared(_peak_address(sizes, shared))[0])
-
-    m.when(m.less(m.thread_index(), sizes.padded), keep_peak)
 
 
 def _key(x):

@@ -20,43 +20,10 @@ SLACK = 1e-3
 
 
 def threshold(top_p: float, lane, places, counts, above, base, peak, exact_lse):
-    """How many bins, best first, surely hold the share: kept bins i32, tokens in them i32, estimated mass f32.
-
-    Bin i holds scores from i to i + 1 bins' width below base; bin 0 also those above, the largest being peak; the last
-    one also those below.
-    """
-    # Masses are relative to the largest score or to base, whichever is higher.
-    highest = m.maximum(base, peak)
+    """How many bins, best first, surely hold the share: kept bins i32, tokens in them i32, estimated mass f32."""
+    lower, upper, highest = bin_masses(lane, places, counts, above, base, peak)
     first_bin = m.multiply(lane, LANE_BINS)
-    largest = exp(m.subtract_float(peak, highest))
-    lane_depth = m.multiply_float(m.to_float(first_bin), 1 / BINS_PER_NAT)
-    top = m.subtract_float(base, highest)
-    # The upper edges of this lane's first bin, and of its first one above base.
-    edge, edge_above = exp(m.subtract_float(top, lane_depth)), exp(m.add_float(top, lane_depth))
-    surely_above = mass_above(above, edge_above)
-    # An exact mass far above the peak needs no more precision than this.
-    exact = exp(m.minimum(m.subtract_float(exact_lse, highest), 60.0))
-    is_first = m.less(lane, 1)
-    upper, lower = [], []
-    for i, (place, count) in enumerate(zip(places, counts, strict=True)):
-        number = m.to_float(count)
-        at_edge = m.multiply_float(number, m.multiply_float(edge, nats(-i)))
-        mean = m.multiply_float(
-            m.to_float(place), m.reciprocal(m.maximum(m.multiply_float(number, float(PLACES)), 1.0))
-        )
-        low = m.multiply_float(at_edge, least_exp(m.multiply_float(mean, 1 / BINS_PER_NAT)))
-        high = m.multiply_float(at_edge, m.fma(mean, nats(-1) - 1, 1.0))
-        if i == 0:
-            # The largest score is known, and lies in bin 0 if anything does; the others may be anywhere above its edge.
-            below = m.multiply_float(edge, nats(-1))
-            others = m.maximum(m.fma(m.subtract_float(number, 1.0), below, largest), surely_above)
-            low = m.select(is_first, m.select(m.less(count, 1), 0.0, others), low)
-            high = m.select(is_first, number, high)
-        if i == LANE_BINS - 1:
-            is_last = m.less(30, lane)
-            low, high = m.select(is_last, 0.0, low), m.select(is_last, at_edge, high)
-        upper.append(high)
-        lower.append(low)
+    exact = exact_mass(exact_lse, highest)
     kept_lower, kept_upper = running_sums(lane, lower), running_sums(lane, upper)
     all_upper = m.shuffle(kept_upper[-1], 31)
 
@@ -82,6 +49,50 @@ def threshold(top_p: float, lane, places, counts, above, base, peak, exact_lse):
         1.0, m.multiply_float(dropped, m.reciprocal(m.select(m.less_float(0.0, total), total, 1.0)))
     )
     return kept, warp_sum(functools.reduce(m.add, tokens), m.add), share
+
+
+def bin_masses(lane, places, counts, above, base, peak):
+    """Masses of a lane's bins, at least and at most, in units of e^highest; and highest, the largest score or base.
+
+    Bin i holds scores from i to i + 1 bins' width below base; bin 0 also those above, the largest being peak; the last
+    one also those below.
+    """
+    highest = m.maximum(base, peak)
+    first_bin = m.multiply(lane, LANE_BINS)
+    largest = exp(m.subtract_float(peak, highest))
+    lane_depth = m.multiply_float(m.to_float(first_bin), 1 / BINS_PER_NAT)
+    top = m.subtract_float(base, highest)
+    # The upper edges of this lane's first bin, and of its first one above base.
+    edge, edge_above = exp(m.subtract_float(top, lane_depth)), exp(m.add_float(top, lane_depth))
+    surely_above = mass_above(above, edge_above)
+    is_first = m.less(lane, 1)
+    upper, lower = [], []
+    for i, (place, count) in enumerate(zip(places, counts, strict=True)):
+        number = m.to_float(count)
+        at_edge = m.multiply_float(number, m.multiply_float(edge, nats(-i)))
+        mean = m.multiply_float(
+            m.to_float(place), m.reciprocal(m.maximum(m.multiply_float(number, float(PLACES)), 1.0))
+        )
+        low = m.multiply_float(at_edge, least_exp(m.multiply_float(mean, 1 / BINS_PER_NAT)))
+        high = m.multiply_float(at_edge, m.fma(mean, nats(-1) - 1, 1.0))
+        if i == 0:
+            # The largest score is known, and lies in bin 0 if anything does; the others may be anywhere above its edge.
+            below = m.multiply_float(edge, nats(-1))
+            others = m.maximum(m.fma(m.subtract_float(number, 1.0), below, largest), surely_above)
+            low = m.select(is_first, m.select(m.less(count, 1), 0.0, others), low)
+            high = m.select(is_first, number, high)
+        if i == LANE_BINS - 1:
+            is_last = m.less(30, lane)
+            low, high = m.select(is_last, 0.0, low), m.select(is_last, at_edge, high)
+        upper.append(high)
+        lower.append(low)
+    return lower, upper, highest
+
+
+def exact_mass(exact_lse, highest):
+    """Of the exact tokens, in units of e^highest."""
+    # Far above the highest score it needs no more precision than this.
+    return exp(m.minimum(m.subtract_float(exact_lse, highest), 60.0))
 
 
 def load_bins(state: State, head, lane):

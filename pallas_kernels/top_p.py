@@ -112,7 +112,7 @@ def mark_thresholds_kernel(
             score = _pallas.load_masked(scores_ref, (g + 0 * token, token), scored)
             sd = deviation(noise_ref[g], scale, least_deviation)
             # What is not finite is always kept.
-            threshold = jnp.minimum(bulk_ref[g], single_ref[g] - deviations * sd)
+            threshold = jnp.minimum(bulk_ref[g] - 0.5 * sd * sd, single_ref[g] - deviations * sd)
             wanted |= ~((score < threshold) & (score > -jnp.inf))
         return (scored & wanted) | (~scored & (token < length_ref[...]))
 

@@ -43,14 +43,24 @@ ERFC = (
 
 def normal_cdf(x):
     """Phi(x) and Phi(-x), float32, with a small relative error wherever they are normal numbers."""
+    tail = _tail(x, 0.0)
+    return jnp.where(x < 0, tail, 1 - tail), jnp.where(x < 0, 1 - tail, tail)
+
+
+def tilted_normal_cdf(x, exponent):
+    """e^exponent Phi(x), also where one factor is out of range and the product is not."""
+    return jnp.where(x < 0, _tail(x, exponent), jnp.exp(exponent) * (1 - _tail(x, 0.0)))
+
+
+def _tail(x, exponent):
+    """e^exponent Phi(-|x|)."""
     z = jnp.abs(x) * math.sqrt(0.5)
     # A reciprocal, by the fast instruction.
     t = jnp.square(jax.lax.rsqrt(1 + 0.5 * z))
     fit = jnp.full_like(t, ERFC[-1])
     for coefficient in ERFC[-2::-1]:
         fit = fit * t + coefficient
-    tail = 0.5 * t * jnp.exp(fit - z * z)
-    return jnp.where(x < 0, tail, 1 - tail), jnp.where(x < 0, 1 - tail, tail)
+    return 0.5 * t * jnp.exp(fit - z * z + exponent)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +122,8 @@ class _Found:
         valid = valid[None, :] & (self.row < self.group)[:, None]
         row = self.row[:, None] + 0 * token[None, :]
         noisy = _pallas.load_masked(self.scores_ref, (self.head + 0 * row, row, token[None, :] + 0 * row), valid)
-        threshold = jnp.minimum(self.bulk, self.single - constants.deviations * sd)
+        half_variance = 0.5 * sd * sd
+        threshold = jnp.minimum(self.bulk - half_variance, self.single - constants.deviations * sd)
         scored = valid & ((token >= constants.sink) & (token < self.quantized))[None, :]
         found = scored & ~((noisy < threshold) & (noisy > -jnp.inf))
 
@@ -121,13 +132,14 @@ class _Found:
         density = jnp.exp(-0.5 * tau * tau) * (1 / math.sqrt(2 * math.pi))
         under, over = normal_cdf(tau)
         over_found = 1 / over
-        h0, h1, h2 = (x * over_found for x in (under, normal_cdf(tau - sd)[0], normal_cdf(tau - 2 * sd)[0]))
+        h0, h1 = (x * over_found for x in (under, normal_cdf(tau - sd)[0]))
+        tilted_h2 = tilted_normal_cdf(tau - 2 * sd, sd * sd) * over_found
         hazard = density * over_found
         near = found & (tau > -constants.far)
         missed = jnp.where(near, weight * (h0 - h1), 0.0)
-        spread = jnp.where(near, weight * jnp.maximum(h0 - 2 * h1 + jnp.exp(sd * sd) * h2, 0.0), 0.0)
+        spread = jnp.where(near, weight * jnp.maximum(h0 - 2 * h1 + tilted_h2, 0.0), 0.0)
         sure = near & (tau < 0.5) & (noisy < jnp.inf)
-        below = found & (noisy - sd * sd < self.bulk)
+        debiased = noisy - half_variance
         terms = (
             jnp.where(valid, weight, 0.0),
             jnp.where(found | (valid & ~scored), weight, 0.0),
@@ -135,7 +147,7 @@ class _Found:
             missed * missed + weight * spread,
             jnp.where(sure, 1 + tau * hazard - hazard * hazard, 0.0),
             jnp.where(sure, (noisy - true) / sd - hazard, 0.0),
-            jnp.where(below, jnp.exp(noisy - 0.5 * sd * sd - self.peak), 0.0),
+            jnp.where(found & (debiased < self.bulk), jnp.exp(debiased - self.peak), 0.0),
             jnp.where(found, 1.0, 0.0),
         )
         return tuple(old + term for old, term in zip(sums, terms, strict=True))

@@ -10,9 +10,9 @@ with tau = (t - s) / sd and H_j = Phi(tau - j sd) / Phi(-tau),
 is free of bias, and the mean square of the error, for independent normal errors. No assumption is made on how the true
 logits are spread.
 
-The first sum of (4) is over nearly all tokens, but needs no pass over them. None that was not found has z - sd^2 at or
-above the threshold of the bulk: the sum is C1 there, which the choice of the threshold knows, less what found tokens
-have in it.
+The first sum of (4) is over nearly all tokens, but needs no pass over them. None that was not found has a debiased
+logit z - sd^2 / 2 at or above the threshold of the bulk: the sum is C1 there, which the choice of the threshold knows,
+less what found tokens have in it.
 """
 
 import dataclasses
@@ -70,6 +70,7 @@ def found_terms(true, noisy, sd, threshold, bulk, peak):
     missed = jnp.exp(x + log_h0) - jnp.exp(x + log_h1)
     spread = jnp.exp(2 * x + log_h0) - 2 * jnp.exp(2 * x + log_h1) + jnp.exp(2 * x + sd**2 + log_h2)
     near = tau > -FAR
+    debiased = noisy - sd**2 / 2
     # The slope and the curvature of log Phi(-tau), where it is not the tail of what is cut off.
     hazard = jnp.exp(-(tau**2) / 2 - log_found) / math.sqrt(2 * math.pi)
     sure = near & (tau < 0.5)
@@ -78,7 +79,7 @@ def found_terms(true, noisy, sd, threshold, bulk, peak):
         variance=jnp.where(near, missed**2 + jnp.maximum(spread, 0), 0),
         information=jnp.where(sure, 1 + tau * hazard - hazard**2, 0),
         score=jnp.where(sure, (noisy - true) / sd - hazard, 0),
-        returned=jnp.where(noisy - sd**2 < bulk, jnp.exp(noisy - sd**2 / 2 - peak), 0),
+        returned=jnp.where(debiased < bulk, jnp.exp(debiased - peak), 0),
         number=jnp.ones_like(tau),
     )
 

@@ -1,7 +1,7 @@
 """What debiased and certified selection ask of estimates, answered from bins of scores; for Hopper GPUs.
 
-The same questions as in noisy_scores.py. Thresholds lie on the edges of bins; a token's score is known to its bin, and
-so are the sums of weights below a threshold. See pallas_kernels/mosaic_bins.py.
+The same questions as in noisy_scores.py. Thresholds lie on the edges of bins: those of z + sd^2 / 2, which tokens are
+kept by, and of debiased logits z - sd^2 / 2, whose masses are counted. See pallas_kernels/mosaic_bins.py.
 
 What follows from the sums over found tokens is reckoned by programs of a query head each, with the functions of
 certificate.py and thresholds.py: outside of kernels, every few of these operations are a launch.
@@ -9,6 +9,7 @@ certificate.py and thresholds.py: outside of kernels, every few of these operati
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels import mosaic_certified
 from pallas_kernels.gathered_attention import by_row
 from pallas_kernels.mosaic_bins import BINS, BINS_PER_NAT
-from pallas_kernels.mosaic_certified_threshold import LIMITS, SPREAD, Rule
-from pallas_kernels.prepare_query import padded_heads
+from pallas_kernels.mosaic_certified_threshold import LIMITS, Rule
+from pallas_kernels.prepare_query import padded_heads, sample_positions
 from pallas_kernels.verified_attention import verified_attention_of_bins
 from rabitq_jax.cache import LayerCache
 from rabitq_jax.certificate import Certificate, Round, certify, summarize
@@ -49,13 +50,13 @@ class _Limits:
     depth: jax.Array
     below: jax.Array
     total: jax.Array
-    mean_spread: jax.Array
+    largest_scale: jax.Array
 
-    @property
-    def mass(self) -> HeadMass:
-        # The mean of e^(sd^2 / 2), less half a bin, says what the typical deviation is.
-        typical = jnp.sqrt(jnp.maximum(2 * jnp.log(self.mean_spread) + 1 / BINS_PER_NAT, LEAST_DEVIATION**2))
-        return HeadMass(peak=self.peak, total=self.total, mean_deviation=typical)
+    def mass(self, scales) -> HeadMass:
+        """With the typical deviation of tokens of these scales [..., N], a sample."""
+        mean_square = jnp.sum(jnp.square(scales), axis=-1) / scales.shape[-1]
+        deviation = jnp.maximum(self.noise * jnp.sqrt(mean_square), LEAST_DEVIATION)
+        return HeadMass(peak=self.peak, total=self.total, mean_deviation=deviation)
 
     def edge(self, kept):
         """The threshold under which so many bins are kept."""
@@ -73,17 +74,19 @@ class _Limits:
         return dataclasses.replace(self, kept=jnp.where(all_kept, float(BINS), kept), depth=depth, below=below)
 
 
-def find_bulk(limits: _Limits, spreads, budget, level, deviations: float):
+def find_bulk(limits: _Limits, places, counts, budget, level, deviations: float):
     """`thresholds.find_bulk` of a query head, of whole bins, the best of which is always kept.
 
     Args:
-      spreads: float32 [256], sums of e^(sd^2 / 2) over the tokens of the bins, from the worst one up, behind a zero.
+      places, counts: float32 [256], of `mosaic_certified.load_counts`.
     """
     # Each with the sum over the bins behind bin `number`.
     number = BINS - 1 - jnp.arange(BINS)
     at_edge = jnp.exp(limits.base - limits.peak - (number + 1) / BINS_PER_NAT)
-    weights = at_edge * spreads
-    first, second = (jnp.cumsum(x) for x in (weights, weights * at_edge * (SPREAD * limits.mean_spread)))
+    # At most, since exp is convex; the last bin also holds what lies below it.
+    width = jnp.where(number == BINS - 2, 0.0, 1 - math.exp(-1 / BINS_PER_NAT))
+    weights = at_edge * (counts - width * places)
+    first, second = (jnp.cumsum(x) for x in (weights, weights * weights / jnp.maximum(counts, 1.0)))
     fits = upper_bound(first, second, level, deviations) <= budget
     # A bin that is not dropped, for each that does not fit what is behind it.
     last = jnp.minimum(jnp.sum(jnp.where(fits, 0.0, 1.0)), BINS - 1.0)
@@ -94,22 +97,31 @@ def read_limits(limits_ref) -> _Limits:
     return _Limits(*(limits_ref[i] for i in range(LIMITS)))
 
 
-def conclude(sums, count, quantized_ref, limits_ref, *, sink: int, deviations: float):
-    """`summarize` of a query head, in a kernel: from its sums, its list's length, quantized [] and limits [LIMITS]."""
-    limits = read_limits(limits_ref)
+def conclude(sums, count, quantized_ref, scale_ref, limits_ref, *, sink: int, deviations: float):
+    """`summarize` of a query head, in a kernel: from its sums, its list's length, quantized [], scale [T] and limits
+    [LIMITS]."""
+    limits, quantized = read_limits(limits_ref), quantized_ref[...]
     attended, own, found = masses(sums)
-    scored = jnp.maximum(quantized_ref[...] - sink, 0).astype(jnp.float32)
-    certificate = certify(found, limits.below, attended, own, scored, limits.mass, limits.thresholds(deviations))
+    scored = jnp.maximum(quantized - sink, 0).astype(jnp.float32)
+    mass = limits.mass(sample_scales(scale_ref, quantized, sink))
+    certificate = certify(found, limits.below, attended, own, scored, mass, limits.thresholds(deviations))
     return summarize(certificate, found, count)
+
+
+def sample_scales(scale, quantized, sink: int):
+    """float32 [N], scales [T] of tokens spread evenly over the scored ones."""
+    return scale[sample_positions(quantized, sink, scale.shape[0])].astype(jnp.float32)
 
 
 def lower_limits(head, summary_ref, limits_ref, state_ref, *, deviations: float, top_p: float):
     """A query head's `extended_thresholds`, in a kernel: LIMITS numbers, as they were where it is not short."""
     limits = read_limits(limits_ref)
     known = Certificate(*(summary_ref[i] for i in range(6)))
-    find = functools.partial(find_bulk, limits, mosaic_certified.load_spreads(state_ref, head))
+    find = functools.partial(find_bulk, limits, *mosaic_certified.load_counts(state_ref, head))
+    # The typical deviation does not matter here.
+    mass = limits.mass(jnp.ones((1,)))
     lower, below = extended_thresholds(
-        find, limits.mass, limits.thresholds(deviations), limits.below, known, known.bound < top_p, top_p=top_p
+        find, mass, limits.thresholds(deviations), limits.below, known, known.bound < top_p, top_p=top_p
     )
     new = limits.at(lower, below)
     return tuple(getattr(new, field.name) for field in dataclasses.fields(new))
@@ -168,6 +180,7 @@ class NoisyBins:
         sink, kv_heads = self._config.sink, self._query.shape[1]
         known = (
             (self._cache.quantized, pl.BlockSpec((None,), lambda row, g, part: (row // kv_heads,))),
+            (by_row(self._scale), pl.BlockSpec((None, self._scale.shape[2]), lambda row, g, part: (row, 0))),
             (by_row(limits), pl.BlockSpec((None, None, LIMITS), lambda row, g, part: (row, g, 0))),
         )
         out, summary = verified_attention_of_bins(

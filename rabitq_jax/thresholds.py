@@ -2,11 +2,12 @@
 
 With z a token's estimated logit, s its true one, and z - s normal with mean 0 and deviation sd, for any threshold t
 
-    E[ e^s 1(z < t) ]  =  E[ e^(z - sd^2 / 2) 1(z - sd^2 < t) ]                                            (3)
+    E[ e^s 1(z + sd^2 / 2 < t) ]  =  E[ e^(z - sd^2 / 2) 1(z - sd^2 / 2 < t) ]                             (3)
 
-without any assumption on how the true logits are spread. So a token counts with the weight e^(z - sd^2 / 2), and tokens
-are ordered by z - sd^2 to find the threshold; what is kept are the tokens with z >= t. C1(t) and C2(t) below are sums
-of weights, and of their squares, over the scored tokens with z - sd^2 < t. Thresholds lie on a grid of 1/8 nat.
+without any assumption on how the true logits are spread. So a token counts with its debiased logit z - sd^2 / 2, both
+as its weight and as its place in the order in which the threshold is found; what is kept are the tokens with
+z + sd^2 / 2 >= t. C1(t) and C2(t) below are sums of weights, and of their squares, over the scored tokens with debiased
+logits below t. Thresholds lie on a grid of 1/8 nat.
 """
 
 import dataclasses
@@ -76,7 +77,7 @@ class HeadMass:
     """Estimated masses of a query head, in units of e^peak; float32 [B,K,G] each.
 
     Attributes:
-      peak: the largest of the weights' logarithms and of the exact tokens' log-sum-exp.
+      peak: the largest of the debiased logits and of the exact tokens' log-sum-exp.
       total: of all tokens, exact ones included.
       mean_deviation: root of the mean of the scored tokens' sd^2.
     """
@@ -92,7 +93,7 @@ class ScoredMass(HeadMass):
     """HeadMass of scores, and what a search among them begins with; float32 [B,K,G] each.
 
     Attributes:
-      top: the largest z - sd^2, where the grid begins.
+      top: the largest debiased logit, where the grid begins.
       largest_deviation: of the scored tokens' sd.
     """
 
@@ -103,7 +104,7 @@ class ScoredMass(HeadMass):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """A scored token is kept iff z >= bulk or z + deviations sd >= single, or z is not finite.
+    """A scored token is kept iff z + sd^2 / 2 >= bulk or z + deviations sd >= single, or z is not finite.
 
     The second rule bounds what one unseen token may hold: e^single, but with the probability of an error of
     `deviations` standard deviations.
@@ -120,7 +121,14 @@ class Thresholds:
 
 def threshold_of(bulk, single, deviations: float, sd):
     """A token's own threshold on z."""
-    return jnp.minimum(bulk, single - deviations * sd)
+    return jnp.minimum(bulk - sd**2 / 2, single - deviations * sd)
+
+
+def largest_excess(largest_deviation, deviations: float):
+    """How far above the bulk's threshold true logits of tokens below it may be, at so many deviations."""
+    # The largest k sd - sd^2 / 2.
+    sd = jnp.minimum(largest_deviation, deviations)
+    return sd * (deviations - sd / 2)
 
 
 def confidence(failure_rate: float) -> float:
@@ -142,14 +150,14 @@ def measure_masses(noisy: NoisyLogits, exact_lse: jax.Array) -> ScoredMass:
     """
     sd = noisy.deviation
     usable = noisy.scored & jnp.isfinite(noisy.scores) & jnp.isfinite(sd)
-    log_weight = jnp.where(usable, noisy.scores - sd**2 / 2, -jnp.inf)
-    peak = jnp.maximum(jnp.max(log_weight, axis=-1), exact_lse)
+    debiased = jnp.where(usable, noisy.scores - sd**2 / 2, -jnp.inf)
+    top = jnp.max(debiased, axis=-1)
+    peak = jnp.maximum(top, exact_lse)
     peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
-    top = jnp.max(jnp.where(usable, noisy.scores - sd**2, -jnp.inf), axis=-1)
     count = jnp.maximum(noisy.quantized - noisy.sink, 1)[:, None, None]
     return ScoredMass(
         peak=peak,
-        total=jnp.exp(exact_lse - peak) + jnp.sum(jnp.exp(log_weight - peak[..., None]), axis=-1),
+        total=jnp.exp(exact_lse - peak) + jnp.sum(jnp.exp(debiased - peak[..., None]), axis=-1),
         top=jnp.where(jnp.isfinite(top), top, 0.0),
         largest_deviation=jnp.max(jnp.where(usable, sd, LEAST_DEVIATION), axis=-1),
         mean_deviation=jnp.sqrt(jnp.sum(jnp.where(usable, sd**2, 0), axis=-1) / count),
@@ -160,11 +168,11 @@ def find_bulk_reference(noisy: NoisyLogits, mass: ScoredMass, budget, level, dev
     """`find_bulk` by bisection, with a sum over all tokens for each half: its definition."""
     sd = noisy.deviation
     usable = noisy.scored & jnp.isfinite(noisy.scores) & jnp.isfinite(sd)
-    weight = jnp.where(usable, jnp.exp(noisy.scores - sd**2 / 2 - mass.peak[..., None]), 0)
-    ordered_by = noisy.scores - sd**2
+    debiased = jnp.where(usable, noisy.scores - sd**2 / 2, -jnp.inf)
+    weight = jnp.exp(debiased - mass.peak[..., None])
 
     def masses_below(threshold):
-        under = jnp.where(ordered_by < threshold[..., None], weight, 0)[..., None, :]
+        under = jnp.where(debiased < threshold[..., None], weight, 0)[..., None, :]
         return jnp.sum(under, axis=-1), jnp.sum(under * under, axis=-1)
 
     return search_grid(lambda t: masses_below(t[..., 0]), mass.top, budget, level, deviations, ways=2)
@@ -250,7 +258,7 @@ def debiased_thresholds(
     if top_p == 1:
         bulk, below = jnp.full_like(bulk, -jnp.inf), 0 * below
     # Adds no token: it says what an unseen one may hold.
-    return Thresholds(bulk=bulk, single=bulk + k * mass.largest_deviation, deviations=k), below
+    return Thresholds(bulk=bulk, single=bulk + largest_excess(mass.largest_deviation, k), deviations=k), below
 
 
 def certified_thresholds(

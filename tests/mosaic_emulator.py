@@ -97,7 +97,8 @@ class Emulator:
     multiply_float = _floats(np.multiply)
 
     def reciprocal(self, x):
-        return np.float32(1) / x
+        with np.errstate(divide="ignore"):
+            return np.float32(1) / x
 
     def to_float(self, x):
         return x.astype(np.float32)

@@ -52,7 +52,7 @@ def test_certified_selection_holds_p():
     # A larger failure rate keeps less. Aligned heads, whose errors depend on each other, come nearest to theirs.
     found = measure("aligned", 5120, top_p=p, selection="certified", failure_rate=1e-2)
     assert not refused(np.sum(found["captured"] < p), 5120, 1e-2)
-    assert found["own_kept"].mean() < 0.97 * kept["aligned"]
+    assert found["own_kept"].mean() < 0.98 * kept["aligned"]
 
 
 def test_count_of_failures_would_show_a_wrong_error_model(monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.exact import exact_logits
 from benchmarks.shapes import Shape
-from pallas_kernels.mosaic_bins import LARGEST_DEVIATION
+from pallas_kernels.mosaic_bins import PLACES, counts_and_peaks
 from pallas_kernels.mosaic_rules import BOUND
 from pallas_kernels.verified_attention import verified_attention_of_bins
 from rabitq_jax import RaBitQConfig, attention, selection
@@ -19,12 +19,11 @@ from rabitq_jax import thresholds as thresholds_module
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.cache import init_layer_cache
 from rabitq_jax.certificate import certify
-from rabitq_jax.noisy_bins import NoisyBins, _Limits, find_bulk
+from rabitq_jax.noisy_bins import NoisyBins, _Limits, find_bulk, sample_scales
 from rabitq_jax.noisy_scores import NoisyScores
 from rabitq_jax.thresholds import confidence, extended_thresholds, left_out
 from rabitq_jax.verified_attention import CONSTANTS, masses
 from tests.test_lowering import kernel_text
-from tests.test_mosaic_certified import spreads_of
 from tests.test_mosaic_kernels import emulate
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("quick_compilation")]
@@ -94,32 +93,13 @@ def test_step_in_an_emulator(rule, top_p, size, monkeypatch):
     check_step(config, query, cache, run)
 
 
-def test_tokens_of_large_deviation_say_nothing_of_others(monkeypatch):
-    """They are kept whatever their scores, so that none like them was missed."""
-    config = RaBitQConfig(top_p=0.95, selection="debiased", interval=64, sink=4)
-    query, cache = case(Shape(1, 1, 2, 1024, 64), config, size=6.0)
-    sd = NoisyScores(query, cache, config, 64**-0.5, jax.random.key(0), 0)._noisy.deviation
-    scored = slice(config.sink, int(cache.quantized[0]))
-    large = np.asarray(sd[0, 0, :, scored]) > LARGEST_DEVIATION
-    assert np.all((large.mean(axis=-1) > 0.05) & (large.mean(axis=-1) < 0.95))
-    with monkeypatch.context() as patch, jax.disable_jit():
-        emulate(patch)
-        patch.setattr(selection, "on_hopper", lambda: True)
-        _, chosen, stats = attend(query, cache, dataclasses.replace(config, attend="pallas"))
-    listed = np.asarray(chosen.indices[0, 0, : chosen.counts[0, 0]])
-    assert np.isin(np.flatnonzero(large.any(axis=0)) + config.sink, listed).all()
-    weights = jax.nn.softmax(exact_logits(query, cache), axis=-1)
-    captured = np.asarray(weights)[0, 0][:, listed].sum(-1)
-    np.testing.assert_allclose(np.asarray(stats.verified).ravel(), captured, atol=0.05)
-
-
 def limits_and_search(bins: NoisyBins):
     """A step's limits of the real heads, and `find_bulk` of them all."""
     group = bins._query.shape[2]
     limits = _Limits(*jnp.moveaxis(bins.limits()[:, :, :group], -1, 0))
-    spreads = spreads_of(bins._state, bins._heads)[:, :, :group]
+    counted = counts_and_peaks(bins._state, bins._heads)[0][:, :, :group].astype(jnp.float32)
     # From the worst bin up, behind a zero.
-    spreads = jnp.pad(spreads[..., :0:-1], [(0, 0)] * 3 + [(1, 0)])
+    places, counts = (jnp.pad(counted[..., :0:-1, i], [(0, 0)] * 3 + [(1, 0)]) for i in range(2))
 
     def of_head(limits, *rest):
         return find_bulk(_Limits(*limits), *rest, deviations=deviations)
@@ -127,8 +107,9 @@ def limits_and_search(bins: NoisyBins):
     def search(budget, level, k):
         nonlocal deviations
         deviations = k
-        return jnp.vectorize(lambda *x: of_head(x[:8], *x[8:]), signature="(),(),(),(),(),(),(),(),(n),(),()->(),()")(
-            *dataclasses.astuple(limits), spreads, budget, level
+        numbers = ",".join(["()"] * 8)
+        return jnp.vectorize(lambda *x: of_head(x[:8], *x[8:]), signature=f"{numbers},(n),(n),(),()->(),()")(
+            *dataclasses.astuple(limits), places / PLACES, counts, budget, level
         )
 
     deviations = 0.0
@@ -143,7 +124,7 @@ def test_bins_answer_as_scores_do_in_an_emulator(monkeypatch):
     emulate(monkeypatch)
     bins, scores = NoisyBins(*arguments), NoisyScores(*arguments)
     limits, search = limits_and_search(bins)
-    mass, want_mass = limits.mass, scores._mass
+    mass, want_mass = mass_of(bins, limits), scores._mass
     total = lambda mass: np.asarray(mass.peak + jnp.log(mass.total))  # noqa: E731
     np.testing.assert_allclose(total(mass), total(want_mass), atol=2e-2)
     np.testing.assert_allclose(mass.mean_deviation, want_mass.mean_deviation, rtol=0.1)
@@ -162,6 +143,14 @@ def test_bins_answer_as_scores_do_in_an_emulator(monkeypatch):
         np.testing.assert_allclose(edge, want, atol=0.26)
         np.testing.assert_allclose(low * jnp.exp(mass.peak - want_mass.peak), want_low, rtol=0.3)
         assert np.all(max(level, 1) * low <= share * mass.total * (1 + 1e-5))
+
+
+def mass_of(bins: NoisyBins, limits: _Limits):
+    scales = [
+        [sample_scales(scale, quantized, bins._config.sink) for scale in scales]
+        for scales, quantized in zip(bins._scale, bins._cache.quantized, strict=True)
+    ]
+    return limits.mass(jnp.asarray(scales)[:, :, None])
 
 
 @pytest.mark.parametrize("is_short", [False, True])
@@ -185,12 +174,13 @@ def test_what_follows_from_sums_in_an_emulator(is_short, monkeypatch):
     limits = _Limits(*jnp.moveaxis(first[:, :, :3], -1, 0))
     attended, own, terms = masses(tuple(jnp.moveaxis(sums, -1, 0)))
     thresholds, scored = limits.thresholds(K), cache.quantized - config.sink
-    want = certify(terms, limits.below, attended, own, scored, limits.mass, thresholds)
+    mass = mass_of(bins, limits)
+    want = certify(terms, limits.below, attended, own, scored, mass, thresholds)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found.certificate, want)
     np.testing.assert_array_equal(found.number, terms.number)
     short = want.bound < config.top_p
     assert bool(jnp.all(short)) == bool(jnp.any(short)) == is_short
-    lower, below = extended_thresholds(search, limits.mass, thresholds, limits.below, want, short, top_p=config.top_p)
+    lower, below = extended_thresholds(search, mass, thresholds, limits.below, want, short, top_p=config.top_p)
     assert dataclasses.fields(want)[BOUND].name == "bound"
     again = bins.lower(first, found)
     got = _Limits(*jnp.moveaxis(again[:, :, :3], -1, 0))
