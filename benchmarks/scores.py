@@ -19,7 +19,7 @@ from benchmarks.planting import ROUNDING_KEY, kept_facts, planted_case, quantize
 from benchmarks.shapes import Case
 from benchmarks.suite import command, timed, weighed
 from pallas_kernels import mosaic_score_bins, mosaic_top_p
-from pallas_kernels.mosaic_bins import BINS, BINS_PER_NAT
+from pallas_kernels.mosaic_bins import BINS, BINS_PER_NAT, bytes_of
 from pallas_kernels.prepare_query import padded_heads
 from rabitq_jax import RaBitQConfig
 from rabitq_jax._dispatch import on_gpu, on_hopper
@@ -116,7 +116,7 @@ def scores_off(got, want, cache: LayerCache, sink: int) -> float:
 def bins_off(bins, want, ready: PreparedQuery, cache: LayerCache, sink: int) -> float:
     """Largest error of a bin, in bins: a score at an edge may fall on either side."""
     base = ready.base[:, :, : want.shape[2]]
-    got = jax.lax.bitcast_convert_type(bins, jnp.uint8).reshape(want.shape).astype(jnp.int32)
+    got = bytes_of(bins).astype(jnp.int32)
     right = jnp.floor(BINS_PER_NAT * (base[..., None] - want)).clip(0, BINS - 1)
     return float(jnp.max(jnp.where(is_scored(cache, sink), jnp.abs(got - right), 0)))
 

@@ -379,7 +379,8 @@ def update(condition, carried, body) -> list[ir.Value]:
 
 
 def loop(count, carried, body) -> list[ir.Value]:
-    """carried = body(i, carried) for i in 0 .. count - 1; carried is a list; count the same in all threads."""
+    """carried = body(i, carried) for i in 0 .. count - 1; carried is a list. Where threads differ in count, `body` must
+    leave what it carries as it is from there on, and not wait for other threads."""
     operation = scf.ForOp(value(0), value(count), value(1), list(carried))
     with ir.InsertionPoint(operation.body):
         scf.yield_(list(body(operation.induction_variable, list(operation.inner_iter_args))))

@@ -3,6 +3,9 @@
 From a score z and a head's `base` to a bin, kept as a byte:
 
     depth = 8 (base - z);   bin = depth, rounded down, from 0 (above base; NaN, infinity) to 255 (31.9 nats below)
+
+Bytes lie in words [B,K,T/8,G,2], lowest first: 8 tokens of each query head in turn, so that what is known of a token is
+in one place.
 """
 
 import math
@@ -19,6 +22,27 @@ HEADS = 4
 # Places of a score in its bin, and above the bins, are counted in steps of 1/256.
 PLACES = 256
 LOG2_E = math.log2(math.e)
+
+
+def bytes_of(bins):
+    """Bins in words as uint8 [B,K,G,T]."""
+    batch, kv_heads, octets, group, _ = bins.shape
+    octet = jax.lax.bitcast_convert_type(bins, jnp.uint8).reshape(batch, kv_heads, octets, group, 8)
+    return jnp.moveaxis(octet, 3, 2).reshape(batch, kv_heads, group, 8 * octets)
+
+
+def words_of(bytes_):
+    """uint8 [B,K,G,T] as bins in words."""
+    batch, kv_heads, group, tokens = bytes_.shape
+    octet = jnp.moveaxis(bytes_.reshape(batch, kv_heads, group, tokens // 8, 2, 4), 2, 3)
+    return jax.lax.bitcast_convert_type(octet, jnp.int32)
+
+
+def word_of(row, token, head, group: int, tokens: int):
+    """Which word of rows of bins holds a token's byte of a head; i32."""
+    octet = m.add(m.multiply(row, tokens // 8), m.right(token, 3))
+    pair = m.left(m.add(m.multiply(octet, group), head), 1)
+    return m.add(pair, m.bit_and(m.right(token, 2), 1))
 
 
 def state_words(heads: int, blocks: int) -> int:

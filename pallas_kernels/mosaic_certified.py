@@ -30,7 +30,7 @@ def score_and_select(
         `mosaic_top_p.score_and_select`.
 
     Returns:
-      Bins int32 [B,K,G,T/4]; the state, int32 [B,K,Z], for `load_counts`; and indices int32 [B,K,T], counts int32
+      Bins int32 [B,K,T/8,G,2]; the state, int32 [B,K,Z], for `load_counts`; and indices int32 [B,K,T], counts int32
       [B,K] and limits float32 [B,K,H,LIMITS].
 
     Raises:

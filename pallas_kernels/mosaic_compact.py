@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
 from pallas_kernels import mosaic_certified_threshold as certified
-from pallas_kernels.mosaic_bins import State, state_words
+from pallas_kernels.mosaic_bins import State, state_words, word_of
 from pallas_kernels.mosaic_rules import (
     LANE_TOKENS,
     LIMITS,
@@ -52,7 +52,7 @@ def compact(bins, base, exact_lse, state, quantized, length, *, sink: int, top_p
     """The tokens that Top-p keeps, sinks and window included.
 
     Args:
-      bins: int32 [B,K,G,T/4], of `mosaic_score_bins.score_bins`.
+      bins: int32 [B,K,T/8,G,2], of `mosaic_score_bins.score_bins`.
       base, exact_lse: float32 [B,K,H], of `rabitq_jax.prepared_query.PreparedQuery`.
       state: a reference, int32 [B,K,Z], as `score_bins` leaves it.
       quantized, length: int32 [B].
@@ -79,7 +79,7 @@ def compact_noisy(
     Returns:
       indices and counts, as `compact`; limits float32 [B,K,H,LIMITS] of `mosaic_certified_threshold`.
     """
-    rules, inputs = Weights(rule=rule, group=bins.shape[2]), (base, exact_lse, noise, scale)
+    rules, inputs = Weights(rule=rule, group=bins.shape[3]), (base, exact_lse, noise, scale)
     reports = ((jnp.float32, (LIMITS,)),)
     return _call(rules, inputs, bins, base.shape[2], state, quantized, length, reports, sink=sink)
 
@@ -110,8 +110,8 @@ def given_state_words(tokens: int) -> int:
 
 
 def _call(rule: Rule, inputs, bins, heads: int, state, quantized, length, reports, *, sink: int, passes=None):
-    batch, kv_heads, group = bins.shape[:3]
-    rows, tokens = batch * kv_heads, 4 * bins.shape[3]
+    batch, kv_heads, octets, group, _ = bins.shape
+    rows, tokens = batch * kv_heads, 8 * octets
     passes = passes or passes_of(rows, tokens)
     sizes = _Sizes(
         kv_heads=kv_heads, group=group, heads=heads, tokens=tokens, passes=passes,
@@ -153,7 +153,7 @@ class _Sizes:
 
 
 def _kernel(sizes: _Sizes, bins, *refs):
-    """bins [R,G,T/4], the rule's inputs, quantized and length [B], state [R,Z]; indices [R,T], counts [R], the rule's
+    """bins [R,T/8,G,2], the rule's inputs, quantized and length [B], state [R,Z]; indices [R,T], counts [R], the rule's
     reports; shared memory: what each head keeps, bits of each thread [passes,128], kept tokens of each warp [passes,4],
     the block's place."""
     *refs, shared = refs
@@ -193,9 +193,10 @@ def _load_bins(sizes: _Sizes, bins, row, start, i):
     """Words of this thread's tokens in pass i, 4 for each head in turn."""
     # A block may reach past the capacity, where no token is attended.
     token = m.minimum_signed(_token(start, i), sizes.tokens - LANE_TOKENS)
-    word = m.add(m.multiply(m.multiply(row, sizes.group), sizes.tokens // 4), m.right(token, 2))
-    at = m.address(bins, word)
-    return [w for head in range(sizes.group) for w in m.load(at, words=4, offset=sizes.tokens * head)]
+    at = m.address(bins, word_of(row, token, 0, sizes.group, sizes.tokens))
+    words = [w for i in range(sizes.group) for w in m.load(at, words=4, offset=16 * i)]
+    pairs = [words[i : i + 2] for i in range(0, 4 * sizes.group, 2)]
+    return [w for head in range(sizes.group) for w in pairs[head] + pairs[sizes.group + head]]
 
 
 def _find_limits(sizes: _Sizes, row, block, inputs, state, reports, shared):

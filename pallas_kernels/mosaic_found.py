@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
-from pallas_kernels.mosaic_bins import BINS, BINS_PER_NAT, HEADS, LOG2_E
+from pallas_kernels.mosaic_bins import BINS, BINS_PER_NAT, HEADS, LOG2_E, word_of
 from pallas_kernels.mosaic_certified_threshold import LIMITS, bins_of, gain_and_curve
 
 # Sums of a query head; see `found_sums`.
@@ -42,7 +42,7 @@ def found_sums(
     Args:
       indices: int32 [B,K,T]; counts: int32 [B,K].
       logits: float32 [R,G,T], the exact logits of the listed tokens, in the lists' order; R = B K.
-      bins: int32 [B,K,G,T/4], of `mosaic_score_bins.score_bins`; scale: bfloat16 [B,K,T]; quantized: int32 [B].
+      bins: int32 [B,K,T/8,G,2], of `mosaic_score_bins.score_bins`; scale: bfloat16 [B,K,T]; quantized: int32 [B].
       limits: float32 [B,K,H,LIMITS].
       Others: as in `verified_attention.verified_attention`.
 
@@ -52,7 +52,7 @@ def found_sums(
     batch, kv_heads, heads = limits.shape[:3]
     rows, groups = batch * kv_heads, heads // HEADS
     sizes = _Sizes(
-        kv_heads=kv_heads, group=bins.shape[2], groups=groups, tokens=indices.shape[-1], parts=parts(rows * groups),
+        kv_heads=kv_heads, group=bins.shape[3], groups=groups, tokens=indices.shape[-1], parts=parts(rows * groups),
         sink=sink, deviations=deviations, least_deviation=least_deviation, far=far, largest_log=largest_log,
     )  # fmt: skip
     return m.call(
@@ -79,8 +79,8 @@ class _Sizes:
 
 
 def _kernel(sizes: _Sizes, indices, counts, logits, bins, scale, quantized, limits, sums, _):
-    """indices [R,T], counts [R], logits [R,G,T], bins [R,G,T/4], scale [R,T], quantized [B], limits [R,H,LIMITS]; sums
-    [R,H/4,N,32]."""
+    """indices [R,T], counts [R], logits [R,G,T], bins [R,T/8,G,2], scale [R,T], quantized [B], limits [R,H,LIMITS];
+    sums [R,H/4,N,32]."""
     some = m.divide(m.block_index(), sizes.parts)
     part = m.subtract(m.block_index(), m.multiply(some, sizes.parts))
     row = m.divide(some, sizes.groups)
@@ -142,8 +142,8 @@ class _Found:
 
     def __init__(self, sizes: _Sizes, row, head, logits, bins, limits):
         self.sizes, self.logits, self.bins = sizes, logits, bins
-        place = m.add(m.multiply(row, sizes.group), head)
-        self.first_logit, self.first_word = m.multiply(place, sizes.tokens), m.multiply(place, sizes.tokens // 4)
+        self.row, self.head = row, head
+        self.first_logit = m.multiply(m.add(m.multiply(row, sizes.group), head), sizes.tokens)
         padded = m.add(m.multiply(row, HEADS * sizes.groups), head)
         at = m.address(limits, m.multiply(padded, LIMITS))
         self.noise, self.peak, self.base, self.kept = map(m.as_float, m.load(at, words=4))
@@ -155,8 +155,8 @@ class _Found:
 
     def load(self, place, token):
         """The words of a token's exact logit, and of the bin of its score."""
-        logit = m.address(self.logits, m.add(self.first_logit, place))
-        return m.load(logit) + m.load(m.address(self.bins, m.add(self.first_word, m.right(token, 2))))
+        word = word_of(self.row, token, self.head, self.sizes.group, self.sizes.tokens)
+        return m.load(m.address(self.logits, m.add(self.first_logit, place))) + m.load(m.address(self.bins, word))
 
     def terms(self, token, logit, word, scale, is_listed, is_scored):
         """The token's `KINDS` terms."""

@@ -94,6 +94,15 @@ class TopP(Rule):
         return [kept], report
 
 
+def _pick(values, i):
+    """values[i], a power of two of them; i is lower than twice their number."""
+    if len(values) == 1:
+        return values[0]
+    half = len(values) // 2
+    is_upper = m.not_less(m.bit_and(i, half), 1)
+    return _pick([m.select(is_upper, high, low) for low, high in zip(values[:half], values[half:], strict=True)], i)
+
+
 class _ByDeviation(Rule):
     """Bins kept for all tokens, and more for those whose scores could be those of single tokens of great weight."""
 
@@ -119,20 +128,27 @@ class _ByDeviation(Rule):
             at = m.minimum_signed(token, tokens - LANE_TOKENS)
             at = m.address(inputs[-1], m.right(m.add(m.multiply(row, tokens), at), 1))
             pairs = [w for i in range(LANE_TOKENS // 8) for w in m.load(at, words=4, offset=16 * i)]
-            scales = [x for pair in pairs for x in m.bfloat16_pair(pair)]
-            for head in range(self.group):
-                look_at = functools.partial(look_at_head, head, scales)
-                bits = m.update(m.less(kept[head], most[head]), bits, look_at)
-            return bits
+            margins = [
+                [m.as_float(m.load_shared(shared, offset=4 * (heads * i + head))[0]) for i in (2, 3, 4)]
+                for head in range(self.group)
+            ]
 
-        def look_at_head(head, scales, bits):
-            (found,) = bits
-            margin = [m.as_float(m.load_shared(shared, offset=4 * (heads * i + head))[0]) for i in (2, 3, 4)]
-            for i, scale in enumerate(scales):
-                byte = m.bit_and(m.right(words[LANE_TOKENS // 4 * head + i // 4], 8 * (i % 4)), BINS - 1)
-                is_kept = m.less(byte, m.add(certified.bins_of(scale, *margin), 1))
-                found = m.bit_or(found, m.select(is_kept, 1 << i, 0))
-            return [found]
+            def look_at_one(_, carried):
+                candidates, found = carried
+                lowest = m.bit_and(candidates, m.subtract(0, candidates))
+                i = m.count_ones(m.subtract(lowest, 1))
+                low, high = m.bfloat16_pair(_pick(pairs, m.right(i, 1)))
+                scale = m.select(m.less(m.bit_and(i, 1), 1), low, high)
+                shift = m.left(m.bit_and(i, 3), 3)
+                kept = functools.reduce(m.either, [is_kept(head, i, shift, scale) for head in range(self.group)])
+                return [m.bit_xor(candidates, lowest), m.bit_or(found, m.select(kept, lowest, 0))]
+
+            def is_kept(head, i, shift, scale):
+                four = _pick(words[LANE_TOKENS // 4 * head : LANE_TOKENS // 4 * (head + 1)], m.right(i, 2))
+                byte = m.bit_and(m.right(four, shift), BINS - 1)
+                return m.less(byte, m.add(certified.bins_of(scale, *margins[head]), 1))
+
+            return m.loop(m.count_ones(candidates), [candidates, *bits], look_at_one)[1:]
 
         matters = functools.reduce(m.either, map(m.less, kept, most))
         return m.update(matters, [bits], look)[0]

@@ -54,7 +54,7 @@ def score_bins(
       first: python int; stop: int32 [B]. Tokens in [first, stop) are scored.
 
     Returns:
-      Bins int32 [B,K,G,T/4], a byte a token, lowest first, undefined outside [first, stop).
+      Bins int32 [B,K,T/8,G,2], undefined outside [first, stop).
 
     Raises:
       NotImplementedError: `takes` is False.
@@ -77,7 +77,7 @@ def score_bins(
     return m.call(
         functools.partial(_kernel, sizes),
         name="score_bins",
-        out_type=jax.ShapeDtypeStruct((batch, kv_heads, group, tokens // 4), jnp.int32),
+        out_type=jax.ShapeDtypeStruct((batch, kv_heads, tokens // 8, group, 2), jnp.int32),
         blocks=batch * kv_heads * (tokens // block),
         shared_words=heads * BINS + heads,
     )(planes, factors, base, shift, bits, scale, *optional, stop, state)
@@ -85,7 +85,7 @@ def score_bins(
 
 def _kernel(sizes: Sizes, planes, factors, base, shift, bits, scale, *rest):
     """planes [R,H,4,W], factors [R,H,2], base [R,H], shift [R,H,C], bits [R,T,W], scale (and bias) [R,T], (noise [R,H])
-    stop [B]; state [R,Z], added to; bins [R,G,T/4]; shared memory. R rows of kv heads, H = heads padded to 4."""
+    stop [B]; state [R,Z], added to; bins [R,T/8,G,2]; shared memory. R rows of kv heads, H = heads padded to 4."""
     *optional, stop, state, bins, shared = rest
     bias = optional[: sizes.bias_gain is not None]
     noise = optional[-1] if sizes.noisy else None

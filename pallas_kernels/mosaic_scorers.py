@@ -26,6 +26,7 @@ from pallas_kernels.mosaic_bins import (
     LOG2_E,
     PLACES,
     State,
+    word_of,
 )
 
 STEP_TOKENS = 32
@@ -150,9 +151,7 @@ class Scorer:
                 scores = [m.fma(x, sizes.bias_gain, z) for x, z in zip(bias, scores, strict=True)]
             packed, peaks = self.see_scores(h, scores, scale, scored, peaks)
             head = m.add(self.t, HEADS * h)
-            word = m.add(
-                m.multiply(m.add(m.multiply(self.row, sizes.group), head), sizes.tokens // 4), m.right(token, 2)
-            )
+            word = word_of(self.row, token, head, sizes.group, sizes.tokens)
             real = None if HEADS * h + HEADS <= sizes.group else m.less(head, sizes.group)
             m.store(m.address(self.bins, word), [m.pack_bytes(packed)], where=real)
         return peaks

@@ -228,7 +228,7 @@ def verified_attention_of_bins(
     """The same of bins of scores, on Hopper GPUs.
 
     Args:
-      bins: int32 [B,K,G,T/4] of `mosaic_score_bins`.
+      bins: int32 [B,K,T/8,G,2] of `mosaic_score_bins`.
       limits: float32 [B,K,H,LIMITS] of `mosaic_certified_threshold`.
       conclude: function of a query head's sums, its list's length, and references to what is `known` of it, to the
         KINDS float32 numbers that follow; None for the sums themselves.

@@ -8,7 +8,7 @@ from scipy.stats import norm
 
 from benchmarks.shapes import Shape
 from pallas_kernels import mosaic_certified, mosaic_compact, mosaic_found
-from pallas_kernels.mosaic_bins import counts_and_peaks
+from pallas_kernels.mosaic_bins import bytes_of, counts_and_peaks, words_of
 from pallas_kernels.mosaic_rules import BOUND
 from pallas_kernels.verified_attention import verified_attention_of_bins
 from rabitq_jax._dispatch import on_hopper
@@ -63,7 +63,7 @@ def check_selection(shape, *, certified, top_p=0.9, offset=1.03, largest=1.0, bi
     results = run((*arguments[:5], arguments[6]), noise, base, exact_lse, quantized, length)
     bins, state, (indices, counts, limits) = results
     counted = np.asarray(counts_and_peaks(state, padded(noise).shape[2])[0])
-    bytes_ = np.asarray(bins).view(np.uint8)
+    bytes_ = np.asarray(bytes_of(bins))
     limits = np.asarray(limits, np.float64)
     del gain
     for b, k in np.ndindex(noise.shape[:2]):
@@ -195,7 +195,7 @@ def check_again(shape, jit=lambda run: run):
     # One head of a kv head that is short is enough.
     summary = jnp.ones((*rows.shape, shape.group, 8)).at[:, :, -1, BOUND].set(jnp.where(rows, 0.89, 0.91))
     indices, counts = again(bins, limits, summary, scale)
-    bytes_, noise, limits = np.asarray(bins).view(np.uint8), np.asarray(limits)[..., 0], np.asarray(limits)
+    bytes_, noise, limits = np.asarray(bytes_of(bins)), np.asarray(limits)[..., 0], np.asarray(limits)
     position = np.arange(shape.tokens)
     for b, k in np.ndindex(rows.shape):
         if not rows[b, k]:
@@ -244,7 +244,7 @@ def check_verified_attention(shape, kept_share=0.2):
     listed = jnp.asarray(np.pad(indices, [(0, 0)] * 2 + [(0, tokens - indices.shape[-1])]), jnp.int32)
     arrays = [jnp.asarray(x, jnp.float32) for x in (query, keys, values)]
     out, sums = verified_attention_of_bins(
-        *arrays, listed, jnp.asarray(counts, jnp.int32), jnp.asarray(bins.view(np.int32)), scale,
+        *arrays, listed, jnp.asarray(counts, jnp.int32), words_of(jnp.asarray(bins)), scale,
         jnp.asarray(quantized, jnp.int32), padded(jnp.asarray(limits, jnp.float32)),
         softmax_scale=dim**-0.5, sink=FIRST, deviations=K, **CONSTANTS,
     )  # fmt: skip

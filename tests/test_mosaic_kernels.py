@@ -109,9 +109,8 @@ def score_bins_reference(*arguments, first, stop):
     z = proxy_scores_reference(*factors)
     scored = (jnp.arange(z.shape[-1]) >= first) & (jnp.arange(z.shape[-1]) < stop[:, None])
     scored = jnp.broadcast_to(scored[:, None, None], z.shape)
-    bins = jnp.clip(jnp.floor(8 * (base[..., None] - z)), 0, 255).astype(jnp.int32)
-    words = jnp.sum(bins.reshape(*bins.shape[:-1], -1, 4) << jnp.array([0, 8, 16, 24]), axis=-1)
-    return words, jnp.max(jnp.where(scored, z, -jnp.inf), axis=-1)
+    bins = jnp.clip(jnp.floor(8 * (base[..., None] - z)), 0, 255).astype(jnp.uint8)
+    return bins, jnp.max(jnp.where(scored, z, -jnp.inf), axis=-1)
 
 
 def check_bins(shape, arguments, stop, score_bins):
@@ -119,10 +118,10 @@ def check_bins(shape, arguments, stop, score_bins):
     z = proxy_scores_reference(*arguments)
     base = jnp.max(z, axis=-1) - 2
     words, counts, peak = map(np.asarray, score_bins(*arguments, base))
-    want_words, want_peak = score_bins_reference(*arguments, base, first=FIRST, stop=stop)
+    want_bins, want_peak = score_bins_reference(*arguments, base, first=FIRST, stop=stop)
     scored = (np.arange(shape.tokens) >= FIRST) & (np.arange(shape.tokens) < np.asarray(stop)[:, None])
     scored = np.broadcast_to(scored[:, None, None], z.shape)
-    bins, want = words.view(np.uint8), np.asarray(want_words).view(np.uint8)
+    bins, want = np.asarray(mosaic_bins.bytes_of(words)), np.asarray(want_bins)
     off = np.abs(bins.astype(int) - want)
     assert off[scored].max() <= 1
     # float32 rounding decides only next to an edge.
@@ -216,7 +215,7 @@ def test_the_kernel_puts_a_score_that_is_no_number_into_the_best_bin(bad, monkey
     words, counts, peak = score_bins(
         shape, levels, bits, gain, scale, *rest, jnp.full((1, 1, 2), 1e4), stop=jnp.array([512])
     )
-    assert np.asarray(words).view(np.uint8)[0, 0, 0, 100] == 0
+    assert mosaic_bins.bytes_of(words)[0, 0, 0, 100] == 0
     assert counts[0, 0, 0, 0, 1] == 1 and peak[0, 0, 0] == np.float32(3e38)
 
 
@@ -317,7 +316,7 @@ def test_compact_in_an_emulator(shape, device_blocks, top_p, monkeypatch):
     exact_lse = (base + rng.choice([-np.inf, -8.0, 0.0, 100.0], heads)).astype(np.float32)
     above = np.where(np.arange(256) < 8 * (peak - base)[..., None], rng.integers(0, 900, (*heads, 256)), 0)
     indices, attended, n_scored, _ = mosaic_compact.compact(
-        jnp.asarray(bins.view(np.int32)), padded(jnp.asarray(base)), padded(jnp.asarray(exact_lse)),
+        mosaic_bins.words_of(jnp.asarray(bins)), padded(jnp.asarray(base)), padded(jnp.asarray(exact_lse)),
         jax.new_ref(bin_state(shape, jnp.asarray(counts), padded(jnp.asarray(above)), padded(jnp.asarray(peak)))),
         quantized, length,
         sink=FIRST, top_p=top_p,
