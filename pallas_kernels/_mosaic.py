@@ -115,6 +115,13 @@ def bfloat16_pair(word) -> tuple[ir.Value, ir.Value]:
     return as_float(left(word, 16)), as_float(bit_and(word, 0xFFFF0000))
 
 
+def float16_pair(word) -> tuple[ir.Value, ir.Value]:
+    """The two float16 of a word, low half first, as f32."""
+    text = "{{ .reg .b16 low, high; mov.b32 {{low, high}}, $1; cvt.f32.f16 $0, {}; }}"
+    low, high = (ptx(text.format(half), [word], "f")[0] for half in ("low", "high"))
+    return low, high
+
+
 def thread_index() -> ir.Value:
     return utils.thread_idx()
 
@@ -133,6 +140,19 @@ def address(ref, word) -> ir.Value:
     base = llvm.ptrtoint(i64(), utils.memref_ptr(ref))
     offset = arith.shli(arith.extui(i64(), value(word)), arith.constant(i64(), ir.IntegerAttr.get(i64(), 2)))
     return arith.addi(base, offset)
+
+
+def row_address(ref, row, words: int) -> ir.Value:
+    """Global address of a row, of so many 32-bit words each; it may be more than 2^32 words away."""
+    base = llvm.ptrtoint(i64(), utils.memref_ptr(ref))
+    size = arith.constant(i64(), ir.IntegerAttr.get(i64(), 4 * words))
+    return arith.addi(base, arith.muli(arith.extui(i64(), value(row)), size))
+
+
+def advance(at, words) -> ir.Value:
+    """A global address so many 32-bit words further on."""
+    offset = arith.shli(arith.extui(i64(), value(words)), arith.constant(i64(), ir.IntegerAttr.get(i64(), 2)))
+    return arith.addi(at, offset)
 
 
 def shared_address(ref) -> ir.Value:
@@ -209,6 +229,12 @@ def wait_published(at) -> ir.Value:
     return ptx(text, [at], "r", effects=True)[0]
 
 
+def take_ticket(at) -> ir.Value:
+    """How many took one at this word of global memory before. What a thread's block wrote before that is seen by the
+    block of one that takes a later one."""
+    return ptx("atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", [at], "r", effects=True)[0]
+
+
 def load_shared(at, *, words: int = 1, offset: int = 0) -> list[ir.Value]:
     vector = "" if words == 1 else f".v{words}"
     text = f"ld.shared{vector}.b32 {_operands(0, words)}, [${words}+{offset}];"
@@ -235,14 +261,19 @@ def shuffle_down(x, lanes: int) -> ir.Value:
     return _shuffle("down", x, lanes, 0x1F)
 
 
-def shuffle(x, lane: int) -> ir.Value:
+def shuffle(x, lane) -> ir.Value:
     """The value of one lane."""
     return _shuffle("idx", x, lane, 0x1F)
 
 
-def _shuffle(mode: str, x, which: int, clamp: int) -> ir.Value:
+def _shuffle(mode: str, x, which, clamp: int) -> ir.Value:
     letter = "f" if isinstance(x.type, ir.F32Type) else "r"
-    return ptx(f"shfl.sync.{mode}.b32 $0, $1, {which}, {clamp}, 0xffffffff;", [x], letter, effects=True)[0]
+    return ptx(f"shfl.sync.{mode}.b32 $0, $1, $2, {clamp}, 0xffffffff;", [x, which], letter, effects=True)[0]
+
+
+def ballot(condition) -> ir.Value:
+    """A bit for each lane of the warp, one where the condition holds."""
+    return ptx("vote.sync.ballot.b32 $0, $1, 0xffffffff;", [condition], "r", effects=True)[0]
 
 
 def add_shared(at, x, *, offset: int, where=None) -> None:

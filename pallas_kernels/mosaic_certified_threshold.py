@@ -20,13 +20,28 @@ LIMITS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What a head is to keep: constants of `rabitq_jax.thresholds`, and the share of the mass to be left out."""
+    """What is promised of a head's captured mass, and constants of rabitq_jax/thresholds.py and certificate.py.
 
-    left_out: float
-    deviations: float
+    Attributes:
+      top_p: the share; certified: but for a failure rate, or on average.
+      planned: how much of what may be left out the thresholds plan to leave out.
+      deviations: confidence in standard deviations.
+    """
+
+    top_p: float
     certified: bool
+    planned: float
+    deviations: float
     shared: float
     least_single: float
+    least_deviation: float
+    far: float
+    prior_tokens: float
+    largest_log: float
+
+    @property
+    def left_out(self) -> float:
+        return (1 - self.top_p) * self.planned
 
 
 def find_limits(rule: Rule, lane, state: State, head, base, exact_lse, noise):
@@ -36,38 +51,75 @@ def find_limits(rule: Rule, lane, state: State, head, base, exact_lse, noise):
     lower, upper, peak = bin_masses(lane, places, counts, above, base, from_key(m.load(state.peak(head))[0]))
     total = m.add_float(exact_mass(exact_lse, peak), warp_sum(_sum(lower), m.add_float))
     largest_scale = m.as_float(m.load(state.largest_scale())[0])
-    squares = [
-        m.multiply_float(m.multiply_float(mass, mass), m.reciprocal(m.maximum(m.to_float(count), 1.0)))
-        for mass, count in zip(upper, counts, strict=True)
-    ]
     budget = m.multiply_float(total, rule.left_out)
-    k = rule.deviations if rule.certified else 0.0
-
-    def short(first, second):
-        """1 where what lies behind a bin may not fit the budget; 1 with NaN."""
-        bound = m.fma(first, 1 + rule.shared * k, m.multiply_float(m.square_root(second), k))
-        return m.select(m.not_less_float(budget, bound), 0, 1)
-
-    if rule.left_out == 0:
-        kept = m.value(BINS)
-    else:
-        number = functools.reduce(m.add, map(short, _sums_behind(lane, upper), _sums_behind(lane, squares)))
-        # The best bin is always kept: it holds what has no weight.
-        kept = m.minimum_signed(m.add(warp_sum(number, m.add), 1), BINS)
-    first_bin = m.multiply(lane, LANE_BINS)
-    dropped = [m.select(m.less(m.add(first_bin, i), kept), 0.0, mass) for i, mass in enumerate(upper)]
-    below = warp_sum(_sum(dropped), m.add_float)
-
+    kept = m.value(BINS) if rule.left_out == 0 else _kept_bins(rule, lane, upper, counts, budget, 0.0)
+    below = _mass_below(lane, upper, kept)
     if rule.certified:
-        left = m.maximum(m.subtract_float(budget, below), m.multiply_float(budget, rule.least_single))
-        single = m.fma(m.log2(left), 1 / LOG2_E, peak)
-        depth = m.multiply_float(m.subtract_float(base, single), float(BINS_PER_NAT))
+        depth = _single_depth(rule, m.subtract_float(budget, below), budget, peak, base)
     else:
         # Above what any deviation brings to a threshold: it adds no token.
         largest = m.minimum(m.multiply_float(largest_scale, noise), rule.deviations)
         excess = m.multiply_float(largest, m.fma(largest, -0.5, rule.deviations))
         depth = m.fma(excess, -float(BINS_PER_NAT), m.add_float(m.to_float(kept), -1.0))
     return [noise, peak, base, m.to_float(kept), depth, below, total, largest_scale]
+
+
+def lower_limits(rule: Rule, lane, state: State, head, limits, known):
+    """`rabitq_jax.thresholds.extended_thresholds`: limits of a head that is short, the same in all lanes.
+
+    Args:
+      known: attended, own, rest and bulk of its `rabitq_jax.certificate.Certificate`.
+    """
+    noise, peak, base, kept, depth, below, total, largest_scale = limits
+    attended, own, rest, bulk = known
+    words, above = load_bins(state, head, lane)
+    places, counts = words[::2], words[1::2]
+    _, upper, _ = bin_masses(lane, places, counts, above, base, from_key(m.load(state.peak(head))[0]))
+    budget = m.multiply_float(attended, rule.planned * (1 - rule.top_p) / rule.top_p)
+    others = m.maximum(m.subtract_float(attended, own), 0.0)
+    over_before = m.reciprocal(m.maximum(below, 1e-30))
+    level = m.multiply_float(bulk, over_before)
+    new_kept = _kept_bins(rule, lane, upper, counts, m.add_float(budget, others), level)
+    new_below = _mass_below(lane, upper, new_kept)
+    expected = m.multiply_float(new_below, m.maximum(m.multiply_float(rest, over_before), 1.0))
+    expected = m.maximum(m.subtract_float(expected, others), 0.0)
+    new_depth = _single_depth(rule, m.subtract_float(budget, expected), budget, peak, base)
+    old_kept = m.to_integer(kept)
+    below = m.select(m.less(old_kept, new_kept), new_below, below)
+    kept = m.to_float(m.maximum_signed(old_kept, new_kept))
+    return [noise, peak, base, kept, m.maximum(depth, m.minimum(new_depth, 1e6)), below, total, largest_scale]
+
+
+def _kept_bins(rule: Rule, lane, upper, counts, budget, level):
+    """The fewest bins under which what is left out fits the budget, by `rabitq_jax.thresholds.upper_bound`."""
+    k = rule.deviations if rule.certified else 0.0
+    squares = [
+        m.multiply_float(m.multiply_float(mass, mass), m.reciprocal(m.maximum(m.to_float(count), 1.0)))
+        for mass, count in zip(upper, counts, strict=True)
+    ]
+
+    def short(first, second):
+        """1 where what lies behind a bin may not fit; 1 with NaN."""
+        bound = m.fma(first, 1 + rule.shared * k, m.multiply_float(m.square_root(second), k))
+        return m.select(m.not_less_float(budget, m.maximum(bound, m.multiply_float(first, level))), 0, 1)
+
+    number = functools.reduce(m.add, map(short, _sums_behind(lane, upper), _sums_behind(lane, squares)))
+    # The best bin is always kept: it holds what has no weight.
+    return m.minimum_signed(m.add(warp_sum(number, m.add), 1), BINS)
+
+
+def _mass_below(lane, upper, kept):
+    """Mass in the bins that are not kept."""
+    first_bin = m.multiply(lane, LANE_BINS)
+    dropped = [m.select(m.less(m.add(first_bin, i), kept), 0.0, mass) for i, mass in enumerate(upper)]
+    return warp_sum(_sum(dropped), m.add_float)
+
+
+def _single_depth(rule: Rule, left, budget, peak, base):
+    """The single threshold in bins below base, for what is left of a budget."""
+    left = m.maximum(left, m.multiply_float(budget, rule.least_single))
+    single = m.fma(m.log2(left), 1 / LOG2_E, peak)
+    return m.multiply_float(m.subtract_float(base, single), float(BINS_PER_NAT))
 
 
 def _sums_behind(lane, values):

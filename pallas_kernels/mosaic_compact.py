@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
 from pallas_kernels import mosaic_certified_threshold as certified
-from pallas_kernels.mosaic_bins import State, state_words, word_of
+from pallas_kernels.mosaic_bins import State, state_words
 from pallas_kernels.mosaic_rules import (
     LANE_TOKENS,
     LIMITS,
@@ -26,21 +26,24 @@ from pallas_kernels.mosaic_rules import (
     Rule,
     TopP,
     Weights,
+    attended_tokens,
     comparisons,
-    kept_tokens,
+    load_words,
 )
 from pallas_kernels.mosaic_top_p_threshold import warp_sum
 
 PASS_TOKENS = LANE_TOKENS * m.WARPGROUP
 # Passes of a block: so many that the blocks are on the device all at once, and still fill it.
 BLOCKS, LARGEST_PASSES = 640, 6
+# A rule that looks at deviations takes more registers: fewer blocks fit.
+NOISY_BLOCKS, LARGEST_NOISY_PASSES = 512, 8
 GIVEN_PASSES = 2
 
 
-def passes_of(rows: int, tokens: int) -> int:
+def passes_of(rows: int, tokens: int, *, noisy: bool = False) -> int:
     """Passes of `PASS_TOKENS` tokens that a block makes."""
-    wanted = rows * tokens // (PASS_TOKENS * BLOCKS)
-    return max(1, min(wanted, LARGEST_PASSES))
+    blocks, largest = (NOISY_BLOCKS, LARGEST_NOISY_PASSES) if noisy else (BLOCKS, LARGEST_PASSES)
+    return max(1, min(rows * tokens // (PASS_TOKENS * blocks), largest))
 
 
 def blocks(rows: int, tokens: int) -> int:
@@ -84,23 +87,19 @@ def compact_noisy(
     return _call(rules, inputs, bins, base.shape[2], state, quantized, length, reports, sink=sink)
 
 
-def compact_given(
-    bins, limits, summary, scale, state, quantized, length, *, sink: int, deviations: float, top_p: float
-):
-    """The tokens that limits keep.
+def compact_given(bins, limits, scale, state, quantized, length, *, sink: int, deviations: float):
+    """The tokens that limits keep, in kv heads of which one is short.
 
     Args:
-      limits: float32 [B,K,H,LIMITS].
-      summary: float32 [B,K,G,J], of `rabitq_jax.certificate.Round`: kv heads with no bound below top_p have an empty
-        list.
+      limits: float32 [B,K,H,LIMITS], of `mosaic_verify.verify`; the others' lists are empty.
       state: a reference, int32 [B,K,Z] of zeros, Z of `given_state_words`.
       Others: as of `compact_noisy`.
 
     Returns:
       indices and counts, as `compact`.
     """
-    rule = Given(deviations=float(deviations), top_p=float(top_p), group=summary.shape[2], numbers=summary.shape[3])
-    inputs = limits, summary, scale
+    rule = Given(deviations=float(deviations), group=bins.shape[3])
+    inputs = limits, scale
     return _call(rule, inputs, bins, limits.shape[2], state, quantized, length, (), sink=sink, passes=GIVEN_PASSES)
 
 
@@ -112,7 +111,7 @@ def given_state_words(tokens: int) -> int:
 def _call(rule: Rule, inputs, bins, heads: int, state, quantized, length, reports, *, sink: int, passes=None):
     batch, kv_heads, octets, group, _ = bins.shape
     rows, tokens = batch * kv_heads, 8 * octets
-    passes = passes or passes_of(rows, tokens)
+    passes = passes or passes_of(rows, tokens, noisy=rule.margin)
     sizes = _Sizes(
         kv_heads=kv_heads, group=group, heads=heads, tokens=tokens, passes=passes,
         blocks=-(-tokens // (PASS_TOKENS * passes)), state_words=state.shape[-1], sink=sink, rule=rule,
@@ -169,7 +168,7 @@ def _kernel(sizes: _Sizes, bins, *refs):
     shared = m.shared_address(shared)
 
     def run():
-        first_words = _load_bins(sizes, bins, row, start, 0)
+        first_words = load_words(bins, row, _token(start, 0), sizes.group, sizes.tokens)
         _find_limits(sizes, row, block, inputs, state, reports, shared)
         m.barrier()
         masks = _masks(sizes, bins, inputs, row, first_words, start, quantized, length, shared)
@@ -187,16 +186,6 @@ def _kernel(sizes: _Sizes, bins, *refs):
 def _token(start, i):
     """First token of this thread in pass i."""
     return m.add(m.add(start, m.multiply(i, PASS_TOKENS)), m.multiply(m.thread_index(), LANE_TOKENS))
-
-
-def _load_bins(sizes: _Sizes, bins, row, start, i):
-    """Words of this thread's tokens in pass i, 4 for each head in turn."""
-    # A block may reach past the capacity, where no token is attended.
-    token = m.minimum_signed(_token(start, i), sizes.tokens - LANE_TOKENS)
-    at = m.address(bins, word_of(row, token, 0, sizes.group, sizes.tokens))
-    words = [w for i in range(sizes.group) for w in m.load(at, words=4, offset=16 * i)]
-    pairs = [words[i : i + 2] for i in range(0, 4 * sizes.group, 2)]
-    return [w for head in range(sizes.group) for w in pairs[head] + pairs[sizes.group + head]]
 
 
 def _find_limits(sizes: _Sizes, row, block, inputs, state, reports, shared):
@@ -220,13 +209,10 @@ def _masks(sizes: _Sizes, bins, inputs, row, words, start, quantized, length, sh
     compare = comparisons([m.load_shared(shared, offset=4 * head)[0] for head in range(sizes.group)])
 
     def mask(i, words):
-        token = _token(start, i)
-        bits = kept_tokens(words, compare)
-        bits = sizes.rule.more(sizes.heads, sizes.tokens, inputs, row, token, words, bits, shared)
-        below = [_bits_below(limit, token) for limit in (m.value(sizes.sink), quantized, length)]
-        sinks, coded, held = below
-        is_scored = m.bit_and(coded, m.bit_xor(sinks, 0xFFFF))
-        return m.bit_and(held, m.bit_or(bits, m.bit_xor(is_scored, 0xFFFF)))
+        return attended_tokens(
+            sizes.rule, compare, words, inputs, row, _token(start, i), shared,
+            heads=sizes.heads, tokens=sizes.tokens, sink=sizes.sink, quantized=quantized, length=length,
+        )  # fmt: skip
 
     if sizes.passes == 1:
         return [mask(0, words)]
@@ -234,18 +220,13 @@ def _masks(sizes: _Sizes, bins, inputs, row, words, start, quantized, length, sh
     mine = m.add(shared, m.left(m.add(m.thread_index(), sizes.rule_words), 2))
 
     def one_pass(i, words):
-        following = _load_bins(sizes, bins, row, start, m.minimum_signed(m.add(i, 1), sizes.passes - 1))
+        next_pass = m.minimum_signed(m.add(i, 1), sizes.passes - 1)
+        following = load_words(bins, row, _token(start, next_pass), sizes.group, sizes.tokens)
         m.store_shared(m.add(mine, m.multiply(i, 4 * m.WARPGROUP)), [mask(i, words)])
         return following
 
     m.loop(sizes.passes, words, one_pass)
     return [m.load_shared(mine, offset=4 * m.WARPGROUP * i)[0] for i in range(sizes.passes)]
-
-
-def _bits_below(limit, token):
-    """16 bits, one where token + i < limit."""
-    count = m.minimum_signed(m.maximum_signed(m.subtract(limit, token), 0), LANE_TOKENS)
-    return m.subtract(m.left(1, count), 1)
 
 
 def _places(sizes: _Sizes, masks, block, state, shared):

@@ -11,12 +11,10 @@ import functools
 from pallas_kernels import _mosaic as m
 from pallas_kernels import mosaic_certified_threshold as certified
 from pallas_kernels import mosaic_top_p_threshold as t
-from pallas_kernels.mosaic_bins import BINS, State
+from pallas_kernels.mosaic_bins import BINS, HEADS, State, word_of
 
 LANE_TOKENS = 16
 LIMITS = certified.LIMITS
-# Where the bound is among the numbers of a `rabitq_jax.certificate.Round`.
-BOUND = 5
 
 
 def comparisons(kept):
@@ -47,6 +45,12 @@ def kept_tokens(words, compare):
     return functools.reduce(m.bit_or, [m.left(m.bit_and(n, 15), 4 * j) for j, n in enumerate(nibbles)])
 
 
+def load_limits(limits, place):
+    """A head's limits, `LIMITS` f32."""
+    at = m.address(limits, m.multiply(place, LIMITS))
+    return [m.as_float(word) for i in range(0, LIMITS, 4) for word in m.load(at, words=4, offset=4 * i)]
+
+
 def _load_floats(arrays, place):
     return [m.as_float(m.load(m.address(x, place))[0]) for x in arrays]
 
@@ -58,6 +62,11 @@ class Rule:
     INPUTS: int
     WORDS: int
     COUNTED = True
+
+    @property
+    def margin(self) -> bool:
+        """Whether any token is kept for its deviation."""
+        return False
 
     def length(self, inputs, row, length):
         """Tokens of the row that may be listed, of those of its sequence."""
@@ -103,11 +112,12 @@ def _pick(values, i):
     return _pick([m.select(is_upper, high, low) for low, high in zip(values[:half], values[half:], strict=True)], i)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _ByDeviation(Rule):
     """Bins kept for all tokens, and more for those whose scores could be those of single tokens of great weight."""
 
-    WORDS = 5
     group: int
+    WORDS = 5
 
     @property
     def margin(self) -> bool:
@@ -159,7 +169,6 @@ class Weights(_ByDeviation):
     """Bins that hold a share of the true mass."""
 
     rule: certified.Rule
-    group: int
     INPUTS = 4
 
     @property
@@ -180,21 +189,51 @@ class Weights(_ByDeviation):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Given(_ByDeviation):
-    """Bins that limits say, in kv heads where a bound is below p."""
+    """Bins that limits say, in kv heads of which one is short (`mosaic_verify`)."""
 
     deviations: float
-    top_p: float
-    group: int
-    numbers: int
-    INPUTS, COUNTED = 3, False
+    INPUTS, COUNTED = 2, False
 
     def length(self, inputs, row, length):
-        at = m.address(inputs[1], m.multiply(row, self.group * self.numbers))
-        bounds = [m.as_float(m.load(at, offset=4 * (self.numbers * head + BOUND))[0]) for head in range(self.group)]
-        short = functools.reduce(m.either, [m.less_float(bound, self.top_p) for bound in bounds])
-        return m.select(short, length, 0)
+        heads = -(-self.group // HEADS) * HEADS
+        at = m.address(inputs[0], m.multiply(row, heads * LIMITS))
+        marks = [m.as_float(m.load(at, offset=4 * (LIMITS * head + LIMITS - 1))[0]) for head in range(self.group)]
+        return m.select(functools.reduce(m.either, [m.less_float(0.0, mark) for mark in marks]), length, 0)
 
-    def find(self, inputs, place, head, lane, state: State):
-        at = m.address(inputs[0], m.multiply(place, LIMITS))
-        limits = [m.as_float(word) for i in range(0, LIMITS, 4) for word in m.load(at, words=4, offset=4 * i)]
-        return certified.words(limits, self.deviations), lambda reports, place: None
+    def find(self, inputs, place, head, lane, state: State | None):
+        return self.words(load_limits(inputs[0], place)), lambda reports, place: None
+
+    def words(self, limits):
+        """The words of a head."""
+        # Its largest scale made way for the mark.
+        return certified.words([*limits[:-1], m.value(float("inf"))], self.deviations)
+
+
+def load_words(bins, row, token, group: int, tokens: int):
+    """The words of the bins of `LANE_TOKENS` tokens from one on, 4 for each head in turn."""
+    # A block may reach past the capacity, where no token is attended.
+    token = m.minimum_signed(token, tokens - LANE_TOKENS)
+    at = m.address(bins, word_of(row, token, 0, group, tokens))
+    words = [w for i in range(group) for w in m.load(at, words=4, offset=16 * i)]
+    pairs = [words[i : i + 2] for i in range(0, 4 * group, 2)]
+    return [w for head in range(group) for w in pairs[head] + pairs[group + head]]
+
+
+def attended_tokens(
+    rule: Rule, compare, words, inputs, row, token, shared, *, heads: int, tokens: int, sink: int, quantized, length
+):  # fmt: skip
+    """16 bits, of the tokens from one on that are attended: kept ones of those scored, sinks, and the window.
+
+    Args:
+      compare: of `comparisons`; words: of `load_words`; shared: address of the rule's words [WORDS,H].
+    """
+    bits = rule.more(heads, tokens, inputs, row, token, words, kept_tokens(words, compare), shared)
+    sinks, coded, held = (_bits_below(limit, token) for limit in (m.value(sink), quantized, length))
+    is_scored = m.bit_and(coded, m.bit_xor(sinks, 0xFFFF))
+    return m.bit_and(held, m.bit_or(bits, m.bit_xor(is_scored, 0xFFFF)))
+
+
+def _bits_below(limit, token):
+    """16 bits, one where token + i < limit."""
+    count = m.minimum_signed(m.maximum_signed(m.subtract(limit, token), 0), LANE_TOKENS)
+    return m.subtract(m.left(1, count), 1)

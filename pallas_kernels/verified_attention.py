@@ -1,10 +1,9 @@
 """Gathered attention, and what its exact logits say of the tokens outside the lists.
 
     attend    as in gathered_attention.py; it hands out the logits of the listed tokens
-    found     program: the same tiles of lists, as numbers [query heads, tokens] -> sums of the terms below; for bins of
-              scores it is another kernel, mosaic_found.py
+    found     program: the same tiles of lists, as numbers [query heads, tokens] -> sums of the terms below
     finish    program (kv head, query head, columns): the parts of a head; and one more a query head: the parts of its
-              sums, and what follows from them
+              sums
 
 Sums are not made where logits are: there a head is one row of 16, most of which are padding. The equations are those of
 rabitq_jax/certificate.py; the normal distribution is Numerical Recipes' Chebyshev fit of erfc (relative error below
@@ -32,9 +31,9 @@ from pallas_kernels.gathered_attention import (
     parts_of,
     whole,
 )
-from pallas_kernels.mosaic_bins import HEADS
-from pallas_kernels.mosaic_found import KINDS, found_sums
 
+# Sums of a query head; see `verified_attention`.
+KINDS = 8
 ERFC = (
     -1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398, 1.48851587, -0.82215223,
     0.17087277,
@@ -153,12 +152,9 @@ class _Found:
         return tuple(old + term for old, term in zip(sums, terms, strict=True))
 
 
-def _finish_kernel(
-    count_ref, ends_ref, peak_ref, total_ref, partial_ref, sums_ref, *refs, work: Work, parts: int | None, conclude,
-):  # fmt: skip
-    """As `combine_columns`; and sums of the parts, [N,KINDS,H] in the places of the partial outputs, or for 4 heads
-    [N,4,KINDS] of so many parts; and what `conclude` looks at -> out [C], and what it finds of a query head."""
-    *known_refs, out_ref, found_ref = refs
+def _finish_kernel(count_ref, ends_ref, peak_ref, total_ref, partial_ref, sums_ref, out_ref, found_ref, *, work: Work):
+    """As `combine_columns`; and sums of the parts, [N,KINDS,H] in the places of the partial outputs -> out [C], and a
+    query head's sums [KINDS]."""
     head, some = pl.program_id(1), pl.program_id(2)
     last = pl.num_programs(2) - 1
 
@@ -169,22 +165,15 @@ def _finish_kernel(
     @pl.when(some == last)
     def _():
         kind = jnp.arange(KINDS)
-        if parts is None:
-            first, number = parts_of(count_ref, ends_ref)
-            at_once, at = work.combined_parts, lambda part: (first + part, kind[None] + 0 * part, head + 0 * part)
-        else:
-            number, at_once = parts, _pallas.power_of_two(parts)
-            at = lambda part: (part, head % HEADS + 0 * part, kind[None] + 0 * part)  # noqa: E731
+        first, number = parts_of(count_ref, ends_ref)
 
         def add(i, sums):
-            part = i * at_once + jnp.arange(at_once)[:, None] + 0 * kind[None]
-            return sums + jnp.sum(_pallas.load_masked(sums_ref, at(part), part < number), axis=0)
+            part = i * work.combined_parts + jnp.arange(work.combined_parts)[:, None] + 0 * kind[None]
+            at = first + part, kind[None] + 0 * part, head + 0 * part
+            return sums + jnp.sum(_pallas.load_masked(sums_ref, at, part < number), axis=0)
 
         zero = jnp.zeros((KINDS,), jnp.float32)
-        total = jax.lax.fori_loop(0, pl.cdiv(number, at_once), add, zero)
-        sums = tuple(jnp.sum(jnp.where(kind == i, total, 0.0)) for i in range(KINDS))
-        for i, x in enumerate(conclude(sums, count_ref[...], *known_refs) if conclude else sums):
-            found_ref[i] = x
+        found_ref[...] = jax.lax.fori_loop(0, pl.cdiv(number, work.combined_parts), add, zero)
 
 
 def verified_attention(
@@ -218,44 +207,13 @@ def verified_attention(
         grid=(work.programs,),
         out_shape=jax.ShapeDtypeStruct((work.parts, KINDS, rows), jnp.float32),
     )(by_row(counts), by_row(indices), logits, quantized, *(by_row(x) for x in (limits, scale, scores)))
-    return _finish(work, counts, query.shape, partial, sums, whole(sums), parts=None)
-
-
-def verified_attention_of_bins(
-    query, keys, values, indices, counts, bins, scale, quantized, limits,
-    *, softmax_scale, conclude=None, known=(), **constants,
-):  # fmt: skip
-    """The same of bins of scores, on Hopper GPUs.
-
-    Args:
-      bins: int32 [B,K,T/8,G,2] of `mosaic_score_bins`.
-      limits: float32 [B,K,H,LIMITS] of `mosaic_certified_threshold`.
-      conclude: function of a query head's sums, its list's length, and references to what is `known` of it, to the
-        KINDS float32 numbers that follow; None for the sums themselves.
-      known: pairs of an array and the `BlockSpec` of its part, for programs (kv head, query head, columns).
-      Others: as of `verified_attention`.
-
-    Returns:
-      Output float32 [B,K,G,D], and float32 [B,K,G,KINDS] what `conclude` finds.
-    """
-    work, (*partial, logits) = attend(
-        query, keys, values, indices, counts, softmax_scale=softmax_scale, with_logits=True
-    )
-    sums = found_sums(indices, counts, logits, bins, scale, quantized, limits, **constants)
-    rows, groups, parts = sums.shape[:3]
-    spec = pl.BlockSpec((None, None, parts, HEADS, KINDS), lambda row, g, part: (row, g // HEADS, 0, 0, 0))
-    sums = sums.reshape(rows, groups, parts, HEADS, KINDS)
-    return _finish(work, counts, query.shape, partial, sums, spec, parts, conclude, known)
-
-
-def _finish(work: Work, counts, shape, partial, sums, sums_spec, parts, conclude=None, known=()):
-    grid, in_specs, out_spec, out_shape = combine_call(counts, shape, partial, dtype=jnp.float32)
+    grid, in_specs, out_spec, out_shape = combine_call(counts, query.shape, partial, dtype=jnp.float32)
     out, found = _pallas.call(
-        functools.partial(_finish_kernel, work=work, parts=parts, conclude=conclude),
+        functools.partial(_finish_kernel, work=work),
         name="combine_parts",
         grid=(*grid[:2], grid[2] + 1),
-        in_specs=[*in_specs, sums_spec, *(spec for _, spec in known)],
+        in_specs=[*in_specs, whole(sums)],
         out_specs=[out_spec, pl.BlockSpec((None, None, KINDS), lambda row, g, part: (row, g, 0))],
-        out_shape=[out_shape, jax.ShapeDtypeStruct((counts.size, shape[2], KINDS), jnp.float32)],
-    )(by_row(counts), *partial, sums, *(array for array, _ in known))
-    return by_query(out, shape), found.reshape(*shape[:3], KINDS)
+        out_shape=[out_shape, jax.ShapeDtypeStruct((counts.size, query.shape[2], KINDS), jnp.float32)],
+    )(by_row(counts), *partial, sums)
+    return by_query(out, query.shape), found.reshape(*query.shape[:3], KINDS)

@@ -6,7 +6,6 @@ certified   Top-p with margins from the error model; heads whose verified share 
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -62,31 +61,11 @@ def attend_certified(
     with jax.named_scope("keep_by_thresholds"):
         indices, counts = estimates.keep(limits)
     with jax.named_scope("verified_attention"):
-        first = last = estimates.attend(indices, counts, limits)
+        last = estimates.attend(indices, counts, limits)
     short, read = jnp.zeros(query.shape[:3], bool), counts
     if config.selection == "certified" and config.top_p < 1:
-        short = first.certificate.bound < config.top_p
-
-        def pick(first, new, old):
-            """The second round's where a kv head had one."""
-            # Found in the branch: what comes from outside of it is a launch in every step.
-            rows = jnp.any(first.certificate.bound < config.top_p, axis=-1)
-            return jnp.where(rows.reshape(*rows.shape, *(1,) * (new.ndim - 2)), new, old)
-
-        def extend(first):
-            lower = estimates.lower(limits, first)
-            second = estimates.attend(*estimates.keep(lower, first), lower)
-            return jax.tree.map(functools.partial(pick, first), second, first)
-
         with jax.named_scope("extend"):
-            last = jax.lax.cond(jnp.any(short), extend, lambda first: first, first)
-            # A branch copies what it passes on. So the list has one of its own, which is left out where nobody asks.
-            indices = jax.lax.cond(
-                jnp.any(short),
-                lambda first: pick(first, estimates.keep(estimates.lower(limits, first), first)[0], indices),
-                lambda first: indices,
-                first,
-            )
+            last, short, indices = estimates.extend(limits, last, indices)
         read = counts + jnp.where(jnp.any(short, axis=-1), last.counts, 0)
     verified, bound = last.certificate.verified, last.certificate.bound
     out = _add_tail(last.out, verified, cache, config) if config.tail == "mean" else last.out

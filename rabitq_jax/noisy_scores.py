@@ -60,17 +60,9 @@ class NoisyScores:
         """Share of the attention that the estimates say is kept: float32 [B,K,G]."""
         return 1 - limits[1] / jnp.where(self._mass.total == 0, 1.0, self._mass.total)
 
-    def keep(self, limits, first: Round | None = None) -> tuple[jax.Array, jax.Array]:
-        """Indices and counts of the tokens that are kept; after a first round, in kv heads that were short."""
-        indices, counts = keep_by_thresholds(
-            self._noisy, limits[0], self._cache.length, implementation=self._config.select
-        )
-        if first is None:
-            return indices, counts
-        return indices, jnp.where(jnp.any(self._is_short(first), axis=-1), counts, 0)
-
-    def _is_short(self, first: Round) -> jax.Array:
-        return first.certificate.bound < self._config.top_p
+    def keep(self, limits) -> tuple[jax.Array, jax.Array]:
+        """Indices and counts of the tokens that are kept."""
+        return keep_by_thresholds(self._noisy, limits[0], self._cache.length, implementation=self._config.select)
 
     def attend(self, indices, counts, limits) -> Round:
         """`verified_attention` over a list, and what follows from it."""
@@ -84,10 +76,32 @@ class NoisyScores:
         summary = jnp.broadcast_arrays(*summarize(certificate, found, counts[..., None]))
         return Round(out=out, summary=jnp.stack(summary, axis=-1))
 
-    def lower(self, limits, first: Round) -> tuple[Thresholds, jax.Array]:
+    def extend(self, limits, first: Round, indices) -> tuple[Round, jax.Array, jax.Array]:
+        """After a second round, in kv heads of which a query head was short: the round, the query heads that were, and
+        indices."""
+        short = first.certificate.bound < self._config.top_p
+        rows = jnp.any(short, axis=-1)
+
+        def pick(new, old):
+            """The second round's where a kv head had one."""
+            return jnp.where(rows.reshape(*rows.shape, *(1,) * (new.ndim - 2)), new, old)
+
+        def attend_again(first):
+            lower = self._lower(limits, first, short)
+            again, counts = self.keep(lower)
+            return jax.tree.map(pick, self.attend(again, jnp.where(rows, counts, 0), lower), first)
+
+        any_short = jnp.any(short)
+        last = jax.lax.cond(any_short, attend_again, lambda first: first, first)
+        # A branch copies what it passes on. So the list has one of its own, which is left out where nobody asks.
+        list_again = lambda first: pick(self.keep(self._lower(limits, first, short))[0], indices)  # noqa: E731
+        indices = jax.lax.cond(any_short, list_again, lambda first: indices, first)
+        return last, short, indices
+
+    def _lower(self, limits, first: Round, short) -> tuple[Thresholds, jax.Array]:
         """Limits of the second round."""
         find = functools.partial(find_bulk, self._noisy, self._mass, implementation=self._config.select)
         thresholds, below = limits
         return extended_thresholds(
-            find, self._mass, thresholds, below, first.certificate, self._is_short(first), top_p=self._config.top_p
+            find, self._mass, thresholds, below, first.certificate, short, top_p=self._config.top_p
         )

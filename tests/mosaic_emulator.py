@@ -134,6 +134,10 @@ class Emulator:
     def bfloat16_pair(self, word):
         return (word << 16).view(np.float32), (word & np.uint32(0xFFFF0000)).view(np.float32)
 
+    def float16_pair(self, word):
+        halves = word.view(np.float16).reshape(-1, 2).astype(np.float32)
+        return halves[:, 0], halves[:, 1]
+
     def thread_index(self):
         return THREADS
 
@@ -146,10 +150,16 @@ class Emulator:
     def address(self, memory, word):
         return SimpleNamespace(memory=memory, word=self.value(word).astype(np.int64))
 
+    def row_address(self, memory, row, words):
+        return SimpleNamespace(memory=memory, word=self.value(row).astype(np.int64) * words)
+
+    def advance(self, at, words):
+        return SimpleNamespace(memory=at.memory, word=at.word + self.value(words))
+
     def shared_address(self, _):
         return self.value(0)
 
-    def load(self, at, *, words=1, offset=0):
+    def load(self, at, *, words=1, offset=0, hint=""):
         assert offset % 4 == 0
         return [self._gather(at.memory, at.word + offset // 4 + i) for i in range(words)]
 
@@ -166,6 +176,13 @@ class Emulator:
         for thread in np.flatnonzero(self.mask):
             ones = [i for i in range(32) if mask[thread] >> i & 1]
             at.memory[at.word[thread] : at.word[thread] + len(ones)] = first[thread] + np.array(ones, np.uint32)
+
+    def take_ticket(self, at):
+        # Threads take theirs in order; no kernel lets more than one of a block.
+        assert self.mask.sum() == 1
+        (taken,) = self.load(at)
+        self.store(at, [taken + np.uint32(1)])
+        return taken
 
     def publish(self, at, x):
         self.store(at, [x])
@@ -217,7 +234,11 @@ class Emulator:
         return np.where(there, x[np.where(there, THREADS + lanes, THREADS)], x)
 
     def shuffle(self, x, lane):
-        return x[THREADS // 32 * 32 + lane]
+        return x[THREADS // 32 * 32 + self.value(lane) % 32]
+
+    def ballot(self, condition):
+        bits = np.where(condition & self.mask, np.uint32(1) << THREADS % 32, np.uint32(0))
+        return np.repeat(bits.reshape(-1, 32).sum(-1, dtype=np.uint32), 32)
 
     def maximum(self, a, b):
         return np.fmax(self.value(a), self.value(b))

@@ -9,12 +9,11 @@ from scipy.stats import norm
 from benchmarks.shapes import Shape
 from pallas_kernels import mosaic_certified, mosaic_compact, mosaic_found
 from pallas_kernels.mosaic_bins import bytes_of, counts_and_peaks, words_of
-from pallas_kernels.mosaic_rules import BOUND
-from pallas_kernels.verified_attention import verified_attention_of_bins
+from rabitq_jax import RaBitQConfig
 from rabitq_jax._dispatch import on_hopper
+from rabitq_jax.noisy_bins import rule_of
 from rabitq_jax.scores import proxy_scores_reference
-from rabitq_jax.thresholds import LEAST_SINGLE, SHARED, confidence, left_out
-from rabitq_jax.verified_attention import CONSTANTS
+from rabitq_jax.thresholds import LEAST_SINGLE, SHARED, confidence
 from tests.test_lowering import kernel_text
 from tests.test_mosaic_kernels import FIRST, emulate, inputs, padded, prepared, ranges, zeros
 
@@ -22,14 +21,8 @@ pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("quick_compilation")]
 K = confidence(1e-3)
 
 
-def rule_of(top_p, certified):
-    return mosaic_certified.Rule(
-        left_out=left_out(top_p, certified=certified),
-        deviations=K,
-        certified=certified,
-        shared=SHARED,
-        least_single=LEAST_SINGLE,
-    )
+def rule(top_p, certified):
+    return rule_of(RaBitQConfig(top_p=top_p, selection="certified" if certified else "debiased", failure_rate=1e-3))
 
 
 def noise_of(shape, largest):
@@ -40,10 +33,12 @@ def noise_of(shape, largest):
 
 def select(shape, arguments, noise, base, exact_lse, quantized, length, rule):
     levels, bits, gain, scale, bias, bias_gain, shift = arguments
-    return mosaic_certified.score_and_select(
-        *prepared(levels, gain, base, shift), padded(exact_lse), padded(noise), zeros(shape), bits, scale, bias,
+    state = jax.new_ref(zeros(shape))
+    bins, chosen = mosaic_certified.score_and_select(
+        *prepared(levels, gain, base, shift), padded(exact_lse), padded(noise), state, bits, scale, bias,
         bias_gain, quantized, length, group=shape.group, sink=FIRST, rule=rule,
     )  # fmt: skip
+    return bins, jax.freeze(state), chosen
 
 
 def check_selection(shape, *, certified, top_p=0.9, offset=1.03, largest=1.0, bias=False, jit=lambda run: run):
@@ -57,9 +52,9 @@ def check_selection(shape, *, certified, top_p=0.9, offset=1.03, largest=1.0, bi
     highest = np.max(np.where(scored[:, None, None], score - sd**2 / 2, -np.inf), axis=-1)
     base = jnp.asarray(np.where(np.isfinite(highest), highest, 0) + offset, jnp.float32)
     exact_lse = base - 3.0
-    rule = rule_of(top_p, certified)
+    promise = rule(top_p, certified)
     gain, bias_gain = arguments[2], arguments[5]
-    run = jit(lambda a, *rest: select(shape, (*a[:5], bias_gain, a[5]), *rest, rule))
+    run = jit(lambda a, *rest: select(shape, (*a[:5], bias_gain, a[5]), *rest, promise))
     results = run((*arguments[:5], arguments[6]), noise, base, exact_lse, quantized, length)
     bins, state, (indices, counts, limits) = results
     counted = np.asarray(counts_and_peaks(state, padded(noise).shape[2])[0])
@@ -73,7 +68,7 @@ def check_selection(shape, *, certified, top_p=0.9, offset=1.03, largest=1.0, bi
             head = _Head(score[at][scored[b]], sd[at][scored[b]], float(base[at]), float(exact_lse[at]))
             head.check_bytes(bytes_[at][scored[b]])
             head.check_counts(counted[at])
-            head.check_limits(limits[at], rule, float(noise[at]), exact=offset > 0)
+            head.check_limits(limits[at], promise, float(noise[at]), exact=offset > 0)
             kept, depth = limits[at][3:5]
             deepest = depth + 8 * K * sd[at] - 4 * sd[at] ** 2
             for union, slack in ((least, -1e-2), (most, 1e-2)):
@@ -188,13 +183,10 @@ def check_again(shape, jit=lambda run: run):
     quantized, length = ranges(shape)
     scale = inputs(shape)[3]
     rows = np.arange(shape.batch * shape.kv_heads).reshape(shape.batch, shape.kv_heads) % 3 != 1
-    limits = limits.at[..., 3].add(9).at[..., 4].add(3)
-    again = jit(
-        lambda *arrays: mosaic_certified.select_again(*arrays, quantized, length, sink=FIRST, deviations=K, top_p=0.9)
-    )
     # One head of a kv head that is short is enough.
-    summary = jnp.ones((*rows.shape, shape.group, 8)).at[:, :, -1, BOUND].set(jnp.where(rows, 0.89, 0.91))
-    indices, counts = again(bins, limits, summary, scale)
+    limits = limits.at[..., 3].add(9).at[..., 4].add(3).at[..., -1].set(0).at[:, :, shape.group - 1, -1].set(rows)
+    again = jit(lambda *arrays: mosaic_certified.select_again(*arrays, quantized, length, sink=FIRST, deviations=K))
+    indices, counts = again(bins, limits, scale)
     bytes_, noise, limits = np.asarray(bytes_of(bins)), np.asarray(limits)[..., 0], np.asarray(limits)
     position = np.arange(shape.tokens)
     for b, k in np.ndindex(rows.shape):
@@ -243,11 +235,12 @@ def check_verified_attention(shape, kept_share=0.2):
     indices = indices.reshape(*heads[:2], -1)
     listed = jnp.asarray(np.pad(indices, [(0, 0)] * 2 + [(0, tokens - indices.shape[-1])]), jnp.int32)
     arrays = [jnp.asarray(x, jnp.float32) for x in (query, keys, values)]
-    out, sums = verified_attention_of_bins(
+    out, summary, _, sums = mosaic_certified.attend(
         *arrays, listed, jnp.asarray(counts, jnp.int32), words_of(jnp.asarray(bins)), scale,
-        jnp.asarray(quantized, jnp.int32), padded(jnp.asarray(limits, jnp.float32)),
-        softmax_scale=dim**-0.5, sink=FIRST, deviations=K, **CONSTANTS,
+        jnp.asarray(quantized, jnp.int32), padded(jnp.asarray(limits, jnp.float32)), jax.new_ref(zeros(shape)),
+        softmax_scale=dim**-0.5, sink=FIRST, rule=rule(0.9, True),
     )  # fmt: skip
+    sums = np.asarray(jnp.sum(sums, axis=2)).reshape(*heads[:2], -1, mosaic_found.KINDS)
     for at in np.ndindex(heads):
         token = indices[at[:2]]
         s, d, byte = true[at][token], sd[at][token], bins[at][token]
@@ -278,6 +271,7 @@ def check_verified_attention(shape, kept_share=0.2):
             own.sum(),
         ]
         np.testing.assert_allclose(sums[at], want, rtol=5e-3, atol=5e-3)
+        np.testing.assert_allclose(summary[at][jnp.array([0, 1, 6, 7])], [*want[:2], own.sum(), len(token)], rtol=5e-3)
 
 
 @pytest.mark.parametrize("shape", [Shape(2, 2, 4, 640, 32), Shape(1, 2, 1, 512, 64), Shape(1, 1, 5, 1536, 16)], ids=str)
@@ -303,12 +297,9 @@ def test_kernels_lower(certified, monkeypatch):
 
     def run(front, shift, noise, heads):
         bins, state, (indices, counts, limits) = select(
-            shape, (*front, arguments[5], shift), noise, heads, heads, quantized, length, rule_of(0.9, certified)
+            shape, (*front, arguments[5], shift), noise, heads, heads, quantized, length, rule(0.9, certified)
         )
-        summary = jnp.broadcast_to(noise[..., None], (*noise.shape, 8))
-        again = mosaic_certified.select_again(
-            bins, limits, summary, front[3], quantized, length, sink=FIRST, deviations=K, top_p=0.9
-        )
+        again = mosaic_certified.select_again(bins, limits, front[3], quantized, length, sink=FIRST, deviations=K)
         return indices, again, state
 
     text = kernel_text(monkeypatch, run, arguments[:5], arguments[6], noise, heads)

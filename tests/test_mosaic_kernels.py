@@ -12,14 +12,18 @@ from benchmarks.planting import planted_case
 from benchmarks.shapes import Shape, make_case
 from pallas_kernels import (
     mosaic_bins,
+    mosaic_certificate,
     mosaic_certified_threshold,
     mosaic_compact,
+    mosaic_extend,
     mosaic_found,
+    mosaic_parts,
     mosaic_rules,
     mosaic_score_bins,
     mosaic_scorers,
     mosaic_top_p,
     mosaic_top_p_threshold,
+    mosaic_verify,
 )
 from pallas_kernels.popcount_scores import bit_planes
 from pallas_kernels.prepare_query import padded_heads
@@ -172,7 +176,8 @@ def check_selection(shape, sharpness, offset, *, top_p=0.9, jit=lambda run: run)
 def emulate(monkeypatch):
     emulator = Emulator()
     scores, thresholds = (mosaic_score_bins, mosaic_scorers), (mosaic_top_p_threshold, mosaic_certified_threshold)
-    for module in (mosaic_bins, *scores, *thresholds, mosaic_compact, mosaic_rules, mosaic_found):
+    attention = mosaic_found, mosaic_certificate, mosaic_parts, mosaic_verify, mosaic_extend
+    for module in (mosaic_bins, *scores, *thresholds, mosaic_compact, mosaic_rules, *attention):
         monkeypatch.setattr(module, "m", emulator)
 
 

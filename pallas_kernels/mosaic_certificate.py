@@ -1,0 +1,74 @@
+"""What follows from a query head's sums over found tokens, by one warp: its certificate; for Hopper GPUs.
+
+The equations are those of rabitq_jax/certificate.py.
+"""
+
+from pallas_kernels import _mosaic as m
+from pallas_kernels.mosaic_bins import BINS_PER_NAT, State
+from pallas_kernels.mosaic_certified_threshold import Rule, lower_limits
+from pallas_kernels.mosaic_top_p_threshold import exp, warp_sum
+from pallas_kernels.prepare_query import SAMPLES
+
+# Numbers of a head: the fields of a certificate, its own tokens, and how many its kv head attends.
+SUMMARY = 8
+BOUND = 5
+
+
+def certify(rule: Rule, sums, limits, scored, mean_deviation):
+    """Attended, own, rest, bulk, verified and bound, f32, of sums [KINDS] (`mosaic_found`) and tokens scored."""
+    attended, own, missed, variance, information, score, returned, number = sums
+    _, peak, base, _, depth, below, *_ = limits
+    rest = m.add_float(m.maximum(m.subtract_float(below, returned), 0.0), missed)
+    shift = m.multiply_float(score, m.reciprocal(m.add_float(information, rule.prior_tokens)))
+    lowered = m.maximum(m.subtract_float(0.0, m.multiply_float(shift, mean_deviation)), 0.0)
+    in_common = m.multiply_float(m.multiply_float(rest, exp(lowered)), 1 + rule.shared * rule.deviations)
+    bulk = m.fma(m.square_root(variance), rule.deviations, in_common)
+    largest = exp(m.minimum(m.subtract_float(m.fma(depth, -1 / BINS_PER_NAT, base), peak), rule.largest_log))
+    upper = m.maximum(bulk, m.add_float(rest, largest))
+    is_complete = m.not_less_float(number, m.to_float(scored))
+    outside = m.maximum(m.subtract_float(rest, m.maximum(m.subtract_float(attended, own), 0.0)), 0.0)
+    verified = m.multiply_float(attended, m.reciprocal(m.add_float(attended, outside)))
+    bound = m.multiply_float(attended, m.reciprocal(m.add_float(own, upper)))
+    # What is no number stays it.
+    bound = m.select(m.not_less_float(bound, 1.0), 1.0, bound)
+    return [attended, own, rest, bulk, *(m.select(is_complete, 1.0, x) for x in (verified, bound))]
+
+
+def typical_deviation(rule: Rule, lane, scale, first_token, scored, noise, *, sink: int, tokens: int):
+    """Root of the mean sd^2 of tokens spread evenly over the scored ones of a row of scale."""
+    each = m.divide(scored, SAMPLES)
+    rest = m.subtract(scored, m.multiply(each, SAMPLES))
+    total = m.value(0.0)
+    for first in range(0, SAMPLES, 32):
+        i = m.add(lane, first)
+        place = m.add(m.multiply(each, i), m.divide(m.multiply(rest, i), SAMPLES))
+        token = m.add(first_token, m.minimum_signed(m.add(place, sink), tokens - 1))
+        value = scale_of(m.load(m.address(scale, m.right(token, 1)))[0], token)
+        total = m.fma(value, value, total)
+    mean_square = m.multiply_float(warp_sum(total, m.add_float), 1 / SAMPLES)
+    return m.maximum(m.multiply_float(noise, m.square_root(mean_square)), rule.least_deviation)
+
+
+def scale_of(pair, token):
+    """The scale of a token, of the word that holds it."""
+    low, high = m.bfloat16_pair(pair)
+    return m.select(m.less(m.bit_and(token, 1), 1), low, high)
+
+
+def store_numbers(numbers, ref, place):
+    """Eight f32 to a place of an array of eights."""
+    at = m.address(ref, m.multiply(place, len(numbers)))
+    for i in range(0, len(numbers), 4):
+        m.store(at, [m.as_int(x) for x in numbers[i : i + 4]], offset=4 * i)
+
+
+def limits_of_second_round(rule: Rule, lane, state: State, head, limits, certificate):
+    """Lower limits where the bound is below p, and 1 in place of the largest scale; as they were, and 0, elsewhere."""
+    attended, own, rest, bulk, _, bound = certificate
+    if not rule.certified or rule.top_p == 1:
+        return [*limits[:-1], m.value(0.0)]
+    is_short = m.less_float(bound, rule.top_p)
+    lowered = m.update(
+        is_short, limits, lambda limits: lower_limits(rule, lane, state, head, limits, (attended, own, rest, bulk))
+    )
+    return [*lowered[:-1], m.select(is_short, 1.0, 0.0)]

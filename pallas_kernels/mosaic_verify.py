@@ -1,0 +1,250 @@
+"""The end of a first round: outputs of its parts added up, and what found tokens say of the rest; for Hopper GPUs.
+
+    block of sums       every n-th run of 32 places of a list -> sums of 4 query heads, a warp each (mosaic_found.py);
+                        the block of a row that ends last goes on to certificates and limits of a second round
+    block of outputs    32 columns of 4 query heads, a warp each (mosaic_parts.py)
+
+The two kinds have nothing to do with each other, but for being one launch.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _mosaic as m
+from pallas_kernels.mosaic_bins import HEADS, State, word_of
+from pallas_kernels.mosaic_certificate import (
+    SUMMARY,
+    certify,
+    limits_of_second_round,
+    scale_of,
+    store_numbers,
+    typical_deviation,
+)
+from pallas_kernels.mosaic_certified_threshold import Rule
+from pallas_kernels.mosaic_found import KINDS, Found, store_sums
+from pallas_kernels.mosaic_parts import COLUMNS, Parts
+from pallas_kernels.mosaic_rules import load_limits
+
+LANES = 32
+# Blocks of sums that keep the device busy, and the most that a list is split into.
+BLOCKS, LARGEST_PARTS = 1024, 64
+
+
+def verify(
+    partial, indices, counts, logits, bins, scale, quantized, limits, state, *, sink: int, head_dim: int, rule: Rule
+):
+    """Outputs and certificates.
+
+    Args:
+      partial: ends, peaks, totals and outputs of `gathered_attention.attend`.
+      indices: int32 [B,K,T]; counts: int32 [B,K].
+      logits: float32 [R,G,T], the exact logits of the listed tokens, in the lists' order; R = B K.
+      bins: int32 [B,K,T/8,G,2], of `mosaic_score_bins.score_bins`; scale: bfloat16 [B,K,T]; quantized: int32 [B].
+      limits: float32 [B,K,H,LIMITS], that the lists were made by.
+      state: a reference, int32 [B,K,Z], of which tickets and marks of short rows are zero; the kernel writes these.
+
+    Returns:
+      Output float32 [B,K,G,D]; summary float32 [B,K,G,8], of `rabitq_jax.certificate.Round`; limits of a second round
+      float32 [B,K,H,LIMITS], the last number being 1 where a head is short and 0 elsewhere; undefined in heads that are
+      not real; and the sums of parts float32 [R,H/4,N,4,KINDS].
+    """
+    batch, kv_heads, heads = limits.shape[:3]
+    rows, groups, group = batch * kv_heads, heads // HEADS, bins.shape[3]
+    columns = partial[3].shape[-1]
+    sizes = _Sizes(
+        kv_heads=kv_heads, group=group, groups=groups, tokens=indices.shape[-1], sink=sink, head_dim=head_dim,
+        parts=max(1, min(BLOCKS // (rows * groups), LARGEST_PARTS)), slices=-(-head_dim // COLUMNS), rows=rows,
+        state_words=state.shape[-1], part_heads=partial[3].shape[1], part_columns=columns, rule=rule,
+    )  # fmt: skip
+    return m.call(
+        functools.partial(_kernel, sizes),
+        name="verify",
+        out_type=(
+            jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads, group, SUMMARY), jnp.float32),
+            jax.ShapeDtypeStruct(limits.shape, jnp.float32),
+            jax.ShapeDtypeStruct((rows, groups, sizes.parts, HEADS, KINDS), jnp.float32),
+        ),
+        blocks=sizes.blocks_of_sums + rows * groups * sizes.slices,
+        shared_words=4,
+    )(*partial, indices, counts, logits, bins, scale, quantized, limits, state)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    kv_heads: int
+    group: int
+    groups: int
+    tokens: int
+    parts: int
+    slices: int
+    rows: int
+    state_words: int
+    part_heads: int
+    part_columns: int
+    sink: int
+    head_dim: int
+    rule: Rule
+
+    @property
+    def blocks_of_sums(self) -> int:
+        return self.rows * self.groups * self.parts
+
+
+def _kernel(
+    sizes: _Sizes, ends, peaks, totals, outs, indices, counts, logits, bins, scale, quantized, limits, state, out,
+    summary, lower, sums, shared,
+):  # fmt: skip
+    """ends [R,2], peaks and totals [N,M], outs [N,M,C], indices [R,T], counts [R], logits [R,G,T], bins [R,T/8,G,2],
+    scale [R,T], quantized [B], limits [R,H,LIMITS]; state [R,Z]; out [R,G,D], summary [R,G,8], lower [R,H,LIMITS], sums
+    [R,H/4,N,4,KINDS]; shared memory: a ticket."""
+    warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), LANES - 1)
+
+    def work_of(block, parts: int):
+        """Row, group of heads, this warp's head, and part."""
+        some = m.divide(block, parts)
+        row = m.divide(some, sizes.groups)
+        group = m.subtract(some, m.multiply(row, sizes.groups))
+        return row, group, m.add(m.multiply(group, HEADS), warp), m.subtract(block, m.multiply(some, parts))
+
+    def add_up_sums():
+        row, group, head, part = work_of(m.block_index(), sizes.parts)
+        scored = m.load(m.address(quantized, m.divide(row, sizes.kv_heads)))[0]
+        scored = m.maximum_signed(m.subtract(scored, sizes.sink), 0)
+        count = m.load(m.address(counts, row))[0]
+        is_real = m.less(head, sizes.group)
+        mine = load_limits(
+            limits, m.add(m.multiply(row, HEADS * sizes.groups), m.minimum_signed(head, sizes.group - 1))
+        )
+        work = _Work(sizes, row, head, lane, count, scored, indices, logits, bins, scale, mine)
+        place = m.multiply(m.add(m.multiply(m.block_index(), HEADS), warp), KINDS)
+        m.when(is_real, lambda: store_sums(lane, work.sums(part), sums, place))
+        m.barrier()
+        states = State(state, row, HEADS * sizes.groups, sizes.state_words)
+        ticket, first_thread = m.shared_address(shared), m.less(m.thread_index(), 1)
+        m.when(first_thread, lambda: m.store_shared(ticket, [m.take_ticket(states.ticket(group))]))
+        m.barrier()
+        is_last = m.not_less(m.load_shared(ticket)[0], sizes.parts - 1)
+
+        def conclude():
+            first = m.add(m.multiply(m.subtract(m.block_index(), part), HEADS * KINDS), m.multiply(warp, KINDS))
+            _conclude(sizes, row, head, lane, count, scored, mine, sums, first, scale, states, summary, lower)
+
+        m.when(m.both(is_last, is_real), conclude)
+
+    def add_up_outputs():
+        block = m.subtract(m.block_index(), sizes.blocks_of_sums)
+        row, _, head, part = work_of(block, sizes.slices)
+
+        def run():
+            first, last = m.load(m.address(ends, m.left(row, 1)), words=2)
+            number = m.select(m.less(m.load(m.address(counts, row))[0], 1), 0, m.add(m.subtract(last, first), 1))
+            parts = Parts(
+                peaks, totals, outs, heads=sizes.part_heads, columns=sizes.part_columns, head=head, first=first,
+                number=number, lane=lane,
+            )  # fmt: skip
+            word = m.multiply(m.add(m.multiply(row, sizes.group), head), sizes.head_dim)
+            parts.store(m.multiply(part, COLUMNS), out, word, sizes.head_dim)
+
+        m.when(m.less(head, sizes.group), run)
+
+    of_sums = m.less(m.block_index(), sizes.blocks_of_sums)
+    m.when(of_sums, add_up_sums)
+    m.when(m.negate(of_sums), add_up_outputs)
+
+
+class _Work:
+    """A warp's part of a list."""
+
+    def __init__(self, sizes: _Sizes, row, head, lane, count, scored, indices, logits, bins, scale, limits):
+        self.sizes, self.row, self.head, self.lane, self.count, self.scored = sizes, row, head, lane, count, scored
+        self.indices, self.logits, self.bins, self.scale = indices, logits, bins, scale
+        self.found = Found(sizes.rule, limits)
+        self.first_token = m.multiply(row, sizes.tokens)
+        self.first_logit = m.multiply(m.add(m.multiply(row, sizes.group), head), sizes.tokens)
+
+    def _within(self, place):
+        return m.maximum_signed(m.minimum_signed(place, m.subtract(self.count, 1)), 0)
+
+    def _load_token(self, place):
+        token = m.load(m.address(self.indices, m.add(self.first_token, self._within(place))))[0]
+        # Of an empty list, any token.
+        return m.maximum_signed(m.minimum_signed(token, self.sizes.tokens - 1), 0)
+
+    def _load_words(self, place, token):
+        """The words of the token's scale, exact logit and bin."""
+        word = word_of(self.row, token, self.head, self.sizes.group, self.sizes.tokens)
+        return [
+            *m.load(m.address(self.scale, m.right(m.add(self.first_token, token), 1))),
+            *m.load(m.address(self.logits, m.add(self.first_logit, self._within(place)))),
+            *m.load(m.address(self.bins, word)),
+        ]
+
+    def sums(self, part):
+        """Of the terms of this lane's tokens, `KINDS` f32."""
+        stride = self.sizes.parts * LANES
+        first = m.add(m.multiply(part, LANES), self.lane)
+
+        def add_token(i, carried):
+            """The next one's words, and the number of the one after it, are under way meanwhile."""
+            place = m.add(first, m.multiply(i, stride))
+            next_place = m.add(place, stride)
+            token, following, pair, logit, word, *totals = carried
+            under_way = [
+                following,
+                self._load_token(m.add(next_place, stride)),
+                *self._load_words(next_place, following),
+            ]
+            # In unsigned numbers: sinks are far above.
+            is_scored = m.less(m.subtract(token, self.sizes.sink), self.scored)
+            of_token = scale_of(pair, m.add(self.first_token, token))
+            is_listed = m.less(place, self.count)
+            terms = self.found.terms(token, m.as_float(logit), word, of_token, is_listed, is_scored)
+            return under_way + [m.add_float(x, y) for x, y in zip(totals, terms, strict=True)]
+
+        # Of this part, the same in all lanes.
+        start = m.minimum_signed(m.multiply(part, LANES), self.count)
+        runs = m.divide(m.add(m.subtract(self.count, start), stride - 1), stride)
+        token = self._load_token(first)
+        carried = [token, self._load_token(m.add(first, stride)), *self._load_words(first, token)]
+        return m.loop(runs, carried + [m.value(0.0)] * KINDS, add_token)[-KINDS:]
+
+
+def _conclude(
+    sizes: _Sizes, row, head, lane, count, scored, limits, sums, first_sum, scale, states: State, summary, lower
+):
+    """A head's certificate, and its limits of a second round."""
+    rule = sizes.rule
+    totals = sum_of_parts(lane, sums, first_sum, sizes.parts, sizes.parts)
+    deviation = typical_deviation(
+        rule, lane, scale, m.multiply(row, sizes.tokens), scored, limits[0], sink=sizes.sink, tokens=sizes.tokens
+    )
+    certificate = certify(rule, totals, limits, scored, deviation)
+    second = limits_of_second_round(rule, lane, states, head, limits, certificate)
+
+    def store():
+        numbers = [*certificate, totals[-1], m.to_float(count)]
+        store_numbers(numbers, summary, m.add(m.multiply(row, sizes.group), head))
+        store_numbers(second, lower, m.add(m.multiply(row, HEADS * sizes.groups), head))
+        m.when(m.less_float(0.0, second[-1]), lambda: m.store(states.short(), [m.value(1)]))
+
+    m.when(m.less(lane, 1), store)
+
+
+def sum_of_parts(lane, sums, first, parts, most: int):
+    """A head's sums of all its parts, `most` at most: `KINDS` f32, the same in all lanes. Lane 8 i + kind adds up every
+    fourth part."""
+    kind, some = m.bit_and(lane, KINDS - 1), m.right(lane, 3)
+    loads = []
+    for i in range(0, most, LANES // KINDS):
+        part = m.add(some, i)
+        place = m.minimum_signed(part, m.subtract(parts, 1))
+        at = m.address(sums, m.add(m.add(first, m.multiply(place, HEADS * KINDS)), kind))
+        loads.append((part, m.load(at, hint="")[0]))
+    mine = functools.reduce(m.add_float, [m.select(m.less(part, parts), m.as_float(word), 0.0) for part, word in loads])
+    for lanes in (8, 16):
+        mine = m.add_float(mine, m.shuffle_xor(mine, lanes))
+    return [m.shuffle(mine, kind) for kind in range(KINDS)]
