@@ -135,6 +135,11 @@ def barrier() -> None:
     gpu.barrier()
 
 
+def warp_barrier() -> None:
+    """Wait for all lanes of the warp, which then see what they wrote to shared memory."""
+    ptx("bar.warp.sync 0xffffffff;", [], effects=True)
+
+
 def address(ref, word) -> ir.Value:
     """Global address of a 32-bit word of a reference; `word` is unsigned."""
     base = llvm.ptrtoint(i64(), utils.memref_ptr(ref))
@@ -186,10 +191,16 @@ def _operands(first: int, count: int) -> str:
     return names if count == 1 else "{" + names + "}"
 
 
-def load(at, *, words: int = 1, offset: int = 0, hint: str = ".nc") -> list[ir.Value]:
+def load(at, *, words: int = 1, offset: int = 0) -> list[ir.Value]:
     """`words` (1, 2 or 4) neighbouring words from global memory that the kernel does not write; offset in bytes."""
     vector = "" if words == 1 else f".v{words}"
-    return ptx(f"ld.global{hint}{vector}.b32 {_operands(0, words)}, [${words}+{offset}];", [at], "r" * words)
+    return ptx(f"ld.global.nc{vector}.b32 {_operands(0, words)}, [${words}+{offset}];", [at], "r" * words)
+
+
+def load_written(at, *, words: int = 1) -> list[ir.Value]:
+    """The same of what other blocks of the kernel may have written, before a ticket that was taken."""
+    vector = "" if words == 1 else f".v{words}"
+    return ptx(f"ld.global{vector}.b32 {_operands(0, words)}, [${words}];", [at], "r" * words, effects=True)
 
 
 def store(at, values, *, offset: int = 0, where=None) -> None:

@@ -2,8 +2,8 @@
 
     block     an equal share of the chunks of 2,048 tokens of a kv head that is short, for 4 of its query heads
               chunk: bytes -> bits of the tokens that are attended -> their list, in shared memory
-    warp      a query head, 32 tokens of the list at a time
-              lane = token     exact logit, weight, terms of what was found (mosaic_found.py)
+    warp      32 tokens of the list at a time
+              lane = token     exact logits, weights, terms of what was found (mosaic_found.py)
               lane = columns   values, one token after the other
     last block of a kv head    outputs and sums of its parts added up; certificates
 
@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import HEADS, State, word_of
 from pallas_kernels.mosaic_certificate import certify, scale_of, store_numbers, typical_deviation
-from pallas_kernels.mosaic_certified_threshold import Rule
-from pallas_kernels.mosaic_found import KINDS, Found, store_sums
+from pallas_kernels.mosaic_certified_threshold import LIMITS, Rule
+from pallas_kernels.mosaic_found import KINDS, Found, byte_of, sum_of_lanes
 from pallas_kernels.mosaic_parts import COLUMNS, LOWEST, Parts
 from pallas_kernels.mosaic_rules import (
     LANE_TOKENS,
@@ -128,14 +128,38 @@ class _Sizes:
     def given(self) -> Given:
         return Given(deviations=self.rule.deviations, group=self.group)
 
-    # Places in shared memory, in words: queries [4,C], list, the rule's words [WORDS,H], tokens of each warp, a ticket.
     @property
-    def list_at(self) -> int:
+    def lane_words(self) -> int:
+        """Words of a value that a lane adds up."""
+        return -(-self.words // LANES)
+
+    @property
+    def each(self) -> int:
+        """Numbers of a word."""
+        return self.head_dim // self.words
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether a lane's words are neighbours."""
+        return self.words % LANES == 0 and self.lane_words in (1, 2, 4)
+
+    # Places in shared memory, in words: queries [C,4], limits [4,LIMITS], a list, weights of each warp [32,4], the
+    # rule's words [WORDS,H], tokens of each warp, a ticket, and parts of the warps: sums, peaks and totals, outputs.
+    @property
+    def limits_at(self) -> int:
         return HEADS * self.columns
 
     @property
-    def rule_at(self) -> int:
+    def list_at(self) -> int:
+        return self.limits_at + HEADS * LIMITS
+
+    @property
+    def weights_at(self) -> int:
         return self.list_at + CHUNK
+
+    @property
+    def rule_at(self) -> int:
+        return self.weights_at + WARPS * LANES * HEADS
 
     @property
     def totals_at(self) -> int:
@@ -146,8 +170,20 @@ class _Sizes:
         return self.totals_at + WARPS
 
     @property
-    def shared_words(self) -> int:
+    def sums_at(self) -> int:
         return self.ticket_at + 4
+
+    @property
+    def peaks_at(self) -> int:
+        return self.sums_at + WARPS * HEADS * KINDS
+
+    @property
+    def outs_at(self) -> int:
+        return self.peaks_at + 2 * WARPS * HEADS
+
+    @property
+    def shared_words(self) -> int:
+        return self.outs_at + WARPS * HEADS * self.columns
 
 
 def _kernel(
@@ -211,6 +247,45 @@ def _short_row(sizes: _Sizes, lane, state, number):
     return warp_sum(row, m.add)
 
 
+class _State:
+    """What a warp has of 4 query heads: peaks; totals of each lane; this lane's columns, and its sums."""
+
+    def __init__(self, sizes: _Sizes, flat):
+        self.sizes = sizes
+        self.peaks, self.totals, rest = flat[:HEADS], flat[HEADS : 2 * HEADS], flat[2 * HEADS :]
+        self.columns, rest = rest[: -HEADS * KINDS], rest[-HEADS * KINDS :]
+        self.sums = [rest[KINDS * h : KINDS * (h + 1)] for h in range(HEADS)]
+
+    @classmethod
+    def start(cls, sizes: _Sizes) -> "_State":
+        zeros = HEADS * (1 + sizes.lane_words * sizes.each + KINDS)
+        return cls(sizes, [m.value(LOWEST)] * HEADS + [m.value(0.0)] * zeros)
+
+    @property
+    def flat(self):
+        return [*self.peaks, *self.totals, *self.columns, *(x for sums in self.sums for x in sums)]
+
+    def raise_peak(self, h: int, highest, logit, is_listed):
+        """A head's peak and all that is in its units; returns the weight of each lane's token, which it adds."""
+        peak = m.maximum(self.peaks[h], highest)
+        decay = exp(m.subtract_float(self.peaks[h], peak))
+        weight = m.select(is_listed, exp(m.subtract_float(logit, peak)), 0.0)
+        self.peaks[h], self.totals[h] = peak, m.fma(self.totals[h], decay, weight)
+        size = self.sizes.lane_words * self.sizes.each
+        for i in range(size * h, size * (h + 1)):
+            self.columns[i] = m.multiply_float(self.columns[i], decay)
+        return weight
+
+    def add_terms(self, h: int, terms):
+        self.sums[h] = [m.add_float(x, y) for x, y in zip(self.sums[h], terms, strict=True)]
+
+    def of_words(self, h: int):
+        """A head's numbers of each word."""
+        each = self.sizes.each
+        first = self.sizes.lane_words * h
+        return [self.columns[each * (first + i) : each * (first + i + 1)] for i in range(self.sizes.lane_words)]
+
+
 class _Block:
     """A block's part of a kv head's tokens, for 4 of its query heads."""
 
@@ -230,8 +305,6 @@ class _Block:
         # Heads that are not real do what the last one does, and store nothing.
         real = m.minimum_signed(self.head, sizes.group - 1)
         self.own_limits = load_limits(limits, m.add(m.multiply(row, sizes.heads), real))
-        self.found = Found(sizes.rule, self.own_limits)
-        self.real_head = real
         # Behind those that `mosaic_verify` takes.
         self.ticket = State(state, row, sizes.heads, sizes.state_words).ticket(m.add(group, sizes.groups))
         self.shared = m.shared_address(shared)
@@ -244,7 +317,7 @@ class _Block:
         """The block's part, to its place in the arrays."""
         sizes = self.sizes
         self._store_queries()
-        self._store_rule()
+        self._store_limits()
         m.barrier()
         compare = comparisons(
             [m.load_shared(self._shared(sizes.rule_at), offset=4 * head)[0] for head in range(sizes.group)]
@@ -253,59 +326,108 @@ class _Block:
         chunks = m.divide(m.add(self.length, CHUNK - 1), CHUNK)
         start = m.minimum_signed(part, chunks)
         rounds = m.divide(m.add(m.subtract(chunks, start), m.subtract(self.parts, 1)), self.parts)
-        # The last is how many tokens there are.
-        lane_words = -(-sizes.words // LANES)
-        columns = lane_words * (2 if sizes.dtype != "float32" else 1)
-        state = [m.value(LOWEST), m.value(0.0), *[m.value(0.0)] * (columns + KINDS), m.value(0)]
 
-        def attend_chunk(i, state):
+        def attend_chunk(i, carried):
             chunk = m.add(part, m.multiply(i, self.parts))
             count = self._list(m.multiply(chunk, CHUNK), compare)
             batches = m.right(m.add(count, LANES - 1), 5)
-            *state, total = state
-            state = m.loop(batches, state, lambda batch, state: self._attend_batch(batch, count, state))
+            mine = m.right(m.add(m.subtract(batches, m.minimum_signed(self.warp, batches)), WARPS - 1), 2)
+            *state, total = carried
+            state = m.loop(mine, state, lambda i, state: self._attend_batch(i, count, _State(sizes, state)).flat)
             # The list makes way for the next one.
             m.barrier()
             return [*state, m.add(total, count)]
 
-        peak, total, *rest = m.loop(rounds, state, attend_chunk)
+        *flat, total = m.loop(rounds, [*_State.start(sizes).flat, m.value(0)], attend_chunk)
+        m.store(m.address(tokens, m.block_index()), [total], where=m.less(m.thread_index(), 1))
+        self._share(_State(sizes, flat))
+        m.barrier()
+        self._add_up_warps(peaks, totals, outs, sums)
+
+    def _share(self, state: "_State"):
+        """The warp's part, to shared memory."""
+        sizes, is_first_lane = self.sizes, m.less(self.lane, 1)
+        for head in range(HEADS):
+            place = m.add(m.multiply(self.warp, HEADS), head)
+            total = warp_sum(state.totals[head], m.add_float)
+            pair = [m.as_int(state.peaks[head]), m.as_int(total)]
+            at = self._shared(sizes.peaks_at, m.left(place, 1))
+            m.when(is_first_lane, functools.partial(m.store_shared, at, pair))
+            at = self._shared(sizes.sums_at, m.add(m.multiply(place, KINDS), m.right(self.lane, 2)))
+            total = [m.as_int(sum_of_lanes(self.lane, state.sums[head]))]
+            m.when(m.less(m.bit_and(self.lane, 3), 1), functools.partial(m.store_shared, at, total))
+            for word, numbers in zip(self._words(), state.of_words(head), strict=True):
+                column = m.add(m.multiply(place, sizes.columns), m.multiply(word, sizes.each))
+                store = functools.partial(
+                    m.store_shared, self._shared(sizes.outs_at, column), [*map(m.as_int, numbers)]
+                )
+                m.when(m.less(word, sizes.words), store)
+
+    def _add_up_warps(self, peaks, totals, outs, sums):
+        """The parts of all warps of one query head, by one of them."""
+        sizes = self.sizes
         place = m.add(m.multiply(m.block_index(), HEADS), self.warp)
+        mine = [m.add(self.warp, HEADS * warp) for warp in range(WARPS)]
+        pairs = [m.load_shared(self._shared(sizes.peaks_at, m.left(one, 1)), words=2) for one in mine]
+        parts = [m.as_float(peak) for peak, _ in pairs]
+        peak = functools.reduce(m.maximum, parts)
+        weights = [exp(m.subtract_float(part, peak)) for part in parts]
+        total = [m.multiply_float(m.as_float(total), weight) for (_, total), weight in zip(pairs, weights, strict=True)]
         is_first_lane = m.less(self.lane, 1)
         m.store(m.address(peaks, place), [m.as_int(peak)], where=is_first_lane)
-        m.store(m.address(totals, place), [m.as_int(warp_sum(total, m.add_float))], where=is_first_lane)
-        store_sums(self.lane, rest[columns:-1], sums, m.multiply(place, KINDS))
-        each = columns // lane_words
-        for i in range(lane_words):
-            word = m.add(self.lane, LANES * i)
-            at = m.address(outs, m.add(m.multiply(place, sizes.columns), m.multiply(word, each)))
-            mine = [m.as_int(x) for x in rest[each * i : each * (i + 1)]]
-            m.store(at, mine, where=m.less(word, sizes.words))
-        m.store(m.address(tokens, m.block_index()), [rest[-1]], where=m.less(m.thread_index(), 1))
+        total = functools.reduce(m.add_float, total)
+        m.store(m.address(totals, place), [m.as_int(total)], where=is_first_lane)
+        kind = m.bit_and(self.lane, KINDS - 1)
+        found = [m.load_shared(self._shared(sizes.sums_at, m.add(m.multiply(one, KINDS), kind)))[0] for one in mine]
+        found = functools.reduce(m.add_float, map(m.as_float, found))
+        at = m.address(sums, m.add(m.multiply(place, KINDS), kind))
+        m.store(at, [m.as_int(found)], where=m.less(self.lane, KINDS))
+        for first in range(0, sizes.columns, LANES):
+            column = m.add(self.lane, first)
+            values = [
+                m.load_shared(self._shared(sizes.outs_at, m.add(m.multiply(one, sizes.columns), column)))[0]
+                for one in mine
+            ]
+            value = [m.multiply_float(m.as_float(x), weight) for x, weight in zip(values, weights, strict=True)]
+            value = functools.reduce(m.add_float, value)
+            m.store(m.address(outs, m.add(m.multiply(place, sizes.columns), column)), [m.as_int(value)])
+
+    def _words(self):
+        """Which words of a value this lane adds up."""
+        sizes = self.sizes
+        if sizes.is_vector:
+            return [m.add(m.multiply(self.lane, sizes.lane_words), i) for i in range(sizes.lane_words)]
+        return [m.add(self.lane, LANES * i) for i in range(sizes.lane_words)]
 
     def _store_queries(self):
         """Queries of the 4 heads as f32, zero past their end."""
         sizes = self.sizes
         each = 1 if sizes.query_dtype == "float32" else 2
         words = sizes.head_dim // each
+        all_words = sizes.columns // each
         first_head = m.subtract(self.head, self.warp)
 
         def store(i, _):
             place = m.add(m.thread_index(), m.multiply(i, m.WARPGROUP))
-            head = m.divide(place, sizes.columns // each)
-            word = m.subtract(place, m.multiply(head, sizes.columns // each))
+            head = m.divide(place, all_words)
+            word = m.subtract(place, m.multiply(head, all_words))
             is_real = m.both(m.less(m.add(first_head, head), sizes.group), m.less(word, words))
-            real_head = m.minimum_signed(m.add(first_head, head), sizes.group - 1)
-            row = m.add(m.multiply(self.row, sizes.group), real_head)
+            row = m.add(m.multiply(self.row, sizes.group), m.minimum_signed(m.add(first_head, head), sizes.group - 1))
             at = m.address(self.query, m.add(m.multiply(row, words), m.minimum_signed(word, words - 1)))
             numbers = [m.as_int(m.select(is_real, x, 0.0)) for x in _unpack(sizes.query_dtype, m.load(at)[0])]
-            inside = m.less(place, HEADS * sizes.columns // each)
-            m.when(inside, lambda: m.store_shared(self._shared(0, m.multiply(place, each)), numbers))
+
+            def store_numbers():
+                for j, number in enumerate(numbers):
+                    dim = m.add(m.multiply(word, each), j)
+                    m.store_shared(self._shared(0, m.add(m.multiply(dim, HEADS), head)), [number])
+
+            m.when(m.less(place, HEADS * all_words), store_numbers)
             return []
 
-        m.loop(-(-HEADS * sizes.columns // (each * m.WARPGROUP)), [], store)
+        m.loop(-(-HEADS * all_words // m.WARPGROUP), [], store)
 
-    def _store_rule(self):
-        """What each head keeps."""
+    def _store_limits(self):
+        """What each head keeps; and the limits of this warp's."""
         sizes, head = self.sizes, m.thread_index()
 
         def store():
@@ -314,6 +436,14 @@ class _Block:
                 m.store_shared(self._shared(sizes.rule_at, m.add(head, sizes.heads * i)), [word])
 
         m.when(m.less(head, sizes.group), store)
+        at = self._shared(sizes.limits_at, m.multiply(self.warp, LIMITS))
+        words = [m.as_int(x) for x in self.own_limits]
+
+        def store_own():
+            for i in range(0, LIMITS, 4):
+                m.store_shared(at, words[i : i + 4], offset=4 * i)
+
+        m.when(m.less(self.lane, 1), store_own)
 
     def _list(self, start, compare):
         """List a chunk's tokens that are attended, in shared memory; returns how many."""
@@ -348,83 +478,93 @@ class _Block:
         m.barrier()
         return functools.reduce(m.add, of_warps)
 
-    def _attend_batch(self, batch, count, state):
-        """32 tokens of the list: peak, total, columns and sums with them."""
+    def _attend_batch(self, i, count, state: "_State") -> "_State":
+        """With 32 tokens of the list more: every fourth such batch is this warp's."""
         sizes = self.sizes
-        peak, total, *rest = state
-        columns, sums = rest[:-KINDS], rest[-KINDS:]
-        first = m.multiply(batch, LANES)
+        first = m.multiply(m.add(m.multiply(i, WARPS), self.warp), LANES)
         place = m.add(first, self.lane)
-        is_listed = m.less(place, count)
-        place = m.minimum_signed(place, m.subtract(count, 1))
-        token = m.load_shared(self._shared(sizes.list_at, place))[0]
+        is_listed = m.both(m.less(place, count), m.less(first, count))
+        token = m.load_shared(self._shared(sizes.list_at, m.minimum_signed(place, m.subtract(count, 1))))[0]
         index = m.add(m.multiply(self.row, sizes.tokens), token)
-        word = m.load(m.address(self.bins, word_of(self.row, token, self.real_head, sizes.group, sizes.tokens)))[0]
         scale = scale_of(m.load(m.address(self.scale, m.right(index, 1)))[0], index)
-        logit = m.multiply_float(self._dot(index), sizes.softmax_scale)
-        # Minus infinity comes from a key or query that is not finite, and would pass as a token without weight.
-        logit = m.select(m.less_float(logit, -3.4e38), float("nan"), logit)
-        is_scored = m.less(m.subtract(token, sizes.sink), self.scored)
-        terms = self.found.terms(token, logit, word, scale, is_listed, is_scored)
-        sums = [m.add_float(x, y) for x, y in zip(sums, terms, strict=True)]
+        is_scored = m.both(is_listed, m.less(m.subtract(token, sizes.sink), self.scored))
+        first_head = m.subtract(self.head, self.warp)
+        heads = [m.minimum_signed(m.add(first_head, h), sizes.group - 1) for h in range(HEADS)]
+        words = [
+            m.load(m.address(self.bins, word_of(self.row, token, head, sizes.group, sizes.tokens)))[0] for head in heads
+        ]
+        logits = self._dots(index)
+        weights = []
+        for h, logit in enumerate(logits):
+            # Minus infinity comes from a key or query that is not finite, and would pass as a token without weight.
+            logit = m.select(m.less_float(logit, -3.4e38), float("nan"), logit)
+            highest = warp_sum(m.select(is_listed, logit, LOWEST), m.maximum)
+            weights.append(state.raise_peak(h, highest, logit, is_listed))
+            found = Found(sizes.rule, self._load_limits(h))
+            bin_ = byte_of(words[h], token)
+            is_found = m.both(is_scored, m.less(bin_, found.kept(scale)))
+            is_own = m.either(is_found, m.both(is_listed, m.negate(is_scored)))
+            state.add_terms(h, found.masses(logit, is_listed, is_own) + found.terms(logit, bin_, scale, is_found))
+        at = self._shared(sizes.weights_at, m.multiply(m.thread_index(), HEADS))
+        m.store_shared(at, [m.as_int(weight) for weight in weights])
+        m.warp_barrier()
+        listed = m.maximum_signed(m.minimum_signed(m.subtract(count, first), LANES), 0)
+        state.columns = self._add_values(first, count, listed, state.columns)
+        m.warp_barrier()
+        return state
 
-        highest = warp_sum(m.select(is_listed, logit, LOWEST), m.maximum)
-        new_peak = m.maximum(peak, highest)
-        decay = exp(m.subtract_float(peak, new_peak))
-        weight = m.select(is_listed, exp(m.subtract_float(logit, new_peak)), 0.0)
-        columns = self._add_values(
-            token, weight, m.subtract(count, first), [m.multiply_float(x, decay) for x in columns]
-        )
-        return [new_peak, m.fma(total, decay, weight), *columns, *sums]
+    def _load_limits(self, h: int):
+        at = self._shared(self.sizes.limits_at)
+        return [
+            m.as_float(x) for i in range(0, LIMITS, 4) for x in m.load_shared(at, words=4, offset=4 * (LIMITS * h + i))
+        ]
 
-    def _dot(self, index):
-        """Product of this warp's query with each lane's key, [R T] of them."""
+    def _dots(self, index):
+        """Logits of the 4 queries and each lane's key, of [R T]."""
         sizes = self.sizes
         vector = next(n for n in (4, 2, 1) if sizes.words % n == 0)
         at_once = KEY_WORDS if sizes.words % KEY_WORDS == 0 else sizes.words
         at = m.row_address(self.keys, index, sizes.words)
-        each = sizes.head_dim // sizes.words
-        query = self._shared(0, m.multiply(self.warp, sizes.columns))
+        query = self._shared(0)
 
         def add(i, products):
             key = m.advance(at, m.multiply(i, at_once))
-            mine = m.add(query, m.left(m.multiply(i, at_once * each), 2))
+            mine = m.add(query, m.multiply(i, 4 * HEADS * at_once * sizes.each))
             words = [w for j in range(0, at_once, vector) for w in m.load(key, words=vector, offset=4 * j)]
-            numbers = [x for w in words for x in _unpack(sizes.dtype, w)]
-            products = list(products)
-            step = next(n for n in (4, 2, 1) if len(numbers) % n == 0)
-            for j in range(0, len(numbers), step):
-                for k, word in enumerate(m.load_shared(mine, words=step, offset=4 * j)):
-                    # Four sums, so that one need not wait for the other.
-                    products[(j + k) % 4] = m.fma(numbers[j + k], m.as_float(word), products[(j + k) % 4])
+            for j, number in enumerate(x for w in words for x in _unpack(sizes.dtype, w)):
+                four = m.load_shared(mine, words=HEADS, offset=4 * HEADS * j)
+                products = [m.fma(number, m.as_float(q), x) for q, x in zip(four, products, strict=True)]
             return products
 
-        products = m.loop(sizes.words // at_once, [m.value(0.0)] * 4, add)
-        return m.add_float(m.add_float(*products[:2]), m.add_float(*products[2:]))
+        products = m.loop(sizes.words // at_once, [m.value(0.0)] * HEADS, add)
+        return [m.multiply_float(x, sizes.softmax_scale) for x in products]
 
-    def _add_values(self, token, weight, count, columns):
-        """The columns of this lane with the values of up to 32 tokens, one a lane, `count` of them listed."""
+    def _add_values(self, first, count, listed, columns):
+        """Columns of the 4 heads with the values of the list's tokens from `first` on, `listed` of them."""
         sizes = self.sizes
-        lane_words = -(-sizes.words // LANES)
-        words = [m.minimum_signed(m.add(self.lane, LANES * i), sizes.words - 1) for i in range(lane_words)]
+        words = [m.minimum_signed(word, sizes.words - 1) for word in self._words()]
         first_token = m.multiply(self.row, sizes.tokens)
+        weights_at = self._shared(sizes.weights_at, m.multiply(self.warp, LANES * HEADS))
+
+        def load(place):
+            token = m.load_shared(self._shared(sizes.list_at, m.minimum_signed(place, m.subtract(count, 1))))[0]
+            at = m.row_address(self.values, m.add(first_token, token), sizes.words)
+            if sizes.is_vector:
+                return m.load(m.advance(at, words[0]), words=sizes.lane_words)
+            return [m.load(m.advance(at, word))[0] for word in words]
 
         def add(i, columns):
-            loads = []
-            for j in range(VALUES_AT_ONCE):
-                source = m.add(m.multiply(i, VALUES_AT_ONCE), j)
-                at = m.row_address(self.values, m.add(first_token, m.shuffle(token, source)), sizes.words)
-                loads.append((m.shuffle(weight, source), [m.load(m.advance(at, word))[0] for word in words]))
-            for one, mine in loads:
-                # What has no weight may be no number.
-                numbers = [
-                    m.select(m.less_float(one, 1e-45), 0.0, x) for word in mine for x in _unpack(sizes.dtype, word)
-                ]
-                columns = [m.fma(one, x, column) for x, column in zip(numbers, columns, strict=True)]
+            mine = [m.add(m.multiply(i, VALUES_AT_ONCE), j) for j in range(VALUES_AT_ONCE)]
+            loads = [load(m.add(first, one)) for one in mine]
+            for one, value in zip(mine, loads, strict=True):
+                weights = m.load_shared(m.add(weights_at, m.left(one, 4)), words=HEADS)
+                # What is not listed has no weight, and is not looked at.
+                numbers = [m.select(m.less(one, listed), x, 0.0) for word in value for x in _unpack(sizes.dtype, word)]
+                pairs = [(m.as_float(weight), x) for weight in weights for x in numbers]
+                columns = [m.fma(*pair, column) for pair, column in zip(pairs, columns, strict=True)]
             return columns
 
-        rounds = m.divide(m.add(m.minimum_signed(count, LANES), VALUES_AT_ONCE - 1), VALUES_AT_ONCE)
-        return m.loop(rounds, columns, add)
+        return m.loop(m.divide(m.add(listed, VALUES_AT_ONCE - 1), VALUES_AT_ONCE), columns, add)
 
     def is_last(self):
         """Whether all other blocks of the kv head and these query heads are done."""
@@ -458,6 +598,6 @@ class _Block:
         for i in range(0, LARGEST_PARTS, LANES):
             part = m.add(self.lane, i)
             at = m.address(tokens, m.add(self.first, m.minimum_signed(part, m.subtract(self.parts, 1))))
-            count = m.add(count, m.select(m.less(part, self.parts), m.load(at, hint="")[0], 0))
+            count = m.add(count, m.select(m.less(part, self.parts), m.load_written(at)[0], 0))
         numbers = [*certificate, found[-1], m.to_float(warp_sum(count, m.add))]
         m.when(m.less(self.lane, 1), lambda: store_numbers(numbers, self.summary, place))

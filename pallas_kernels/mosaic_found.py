@@ -16,7 +16,7 @@ from pallas_kernels.mosaic_certified_threshold import Rule, bins_of, gain_and_cu
 
 # Sums of a query head: the mass of the listed tokens, that of its own, and missed, variance, information, score,
 # returned and number of `rabitq_jax.certificate.Found`.
-KINDS = 8
+KINDS, TERMS = 8, 6
 POLYNOMIAL = (-1.26632515, 1.01540853, 0.265766302, 0.451911843, -0.688236429, 0.221466357)
 
 
@@ -31,26 +31,30 @@ class Found:
         edge = m.fma(kept, -1 / BINS_PER_NAT, self.base)
         self.bulk = m.select(m.less(self.kept_by_all, BINS), edge, float("-inf"))
 
-    def terms(self, token, logit, word, scale, is_listed, is_scored):
-        """The `KINDS` terms of a token: its exact logit, the word that holds its bin, and its scale."""
+    def kept(self, scale):
+        """In how many bins a token of this scale is kept."""
+        return m.maximum_signed(self.kept_by_all, m.add(bins_of(scale, *self.margin), 1))
+
+    def weight(self, logit):
+        """Mass of a token, of its exact logit."""
+        return exp(m.minimum(m.subtract_float(logit, self.peak), self.rule.largest_log))
+
+    def terms(self, logit, bin_, scale, is_found):
+        """Terms of a token that was found: the last `TERMS` of `KINDS`, 0 elsewhere."""
         rule = self.rule
-        bin_ = m.bit_and(m.right(word, m.left(m.bit_and(token, 3), 3)), BINS - 1)
         zero_unless = lambda condition, x: m.select(condition, x, 0.0)  # noqa: E731
         sd = m.maximum(m.multiply_float(self.noise, scale), rule.least_deviation)
         variance, over_sd = m.multiply_float(sd, sd), m.reciprocal(sd)
         half_variance = m.multiply_float(variance, 0.5)
-        kept = m.maximum_signed(self.kept_by_all, m.add(bins_of(scale, *self.margin), 1))
-        # What is kept whatever its score stands for no token that was not.
-        always = m.not_less(kept, BINS)
-        is_found = m.both(m.both(is_listed, is_scored), m.either(always, m.less(bin_, kept)))
+        kept = self.kept(scale)
         # Where the best bin's scores are is not known: anywhere above its edge.
-        is_placed = m.not_less(bin_, 1)
+        is_placed = m.both(is_found, m.not_less(bin_, 1))
         base = m.subtract_float(self.base, half_variance)
         threshold = m.fma(m.to_float(kept), -1 / BINS_PER_NAT, base)
         noisy = m.fma(m.add_float(m.to_float(bin_), 0.5), -1 / BINS_PER_NAT, base)
         debiased = m.subtract_float(noisy, half_variance)
 
-        weight = exp(m.minimum(m.subtract_float(logit, self.peak), rule.largest_log))
+        weight = self.weight(logit)
         tau = m.multiply_float(m.subtract_float(threshold, logit), over_sd)
         tau = m.minimum(m.maximum(tau, -2 * rule.far), 2 * rule.far)
         minus_half_square = m.multiply_float(m.multiply_float(tau, tau), -0.5)
@@ -66,21 +70,28 @@ class Found:
         second = m.add_float(tilted_h2, m.fma(h1, -2.0, h0))
         spread = m.multiply_float(weight, m.maximum(second, 0.0))
 
-        is_near = m.both(m.both(is_found, m.negate(always)), m.less_float(-rule.far, tau))
+        # What is kept whatever its score stands for no token that was not.
+        is_near = m.both(m.both(is_found, m.less(kept, BINS)), m.less_float(-rule.far, tau))
         is_sure = m.both(m.both(is_near, is_placed), m.less_float(tau, 0.5))
-        is_below_bulk = m.both(m.both(is_found, is_placed), m.less_float(debiased, self.bulk))
-        returned = exp(m.subtract_float(debiased, self.peak))
-        is_own = m.either(is_found, m.both(is_listed, m.negate(is_scored)))
+        is_below_bulk = m.both(is_placed, m.less_float(debiased, self.bulk))
         return [
-            zero_unless(is_listed, weight),
-            zero_unless(is_own, weight),
             zero_unless(is_near, missed),
             zero_unless(is_near, m.fma(missed, missed, m.multiply_float(weight, spread))),
             zero_unless(is_sure, m.fma(hazard, m.subtract_float(tau, hazard), 1.0)),
             zero_unless(is_sure, m.fma(m.subtract_float(noisy, logit), over_sd, m.subtract_float(0.0, hazard))),
-            zero_unless(is_below_bulk, returned),
+            zero_unless(is_below_bulk, exp(m.subtract_float(debiased, self.peak))),
             zero_unless(is_found, 1.0),
         ]
+
+    def masses(self, logit, is_listed, is_own):
+        """The first two of `KINDS`."""
+        weight = self.weight(logit)
+        return [m.select(is_listed, weight, 0.0), m.select(is_own, weight, 0.0)]
+
+
+def byte_of(word, token):
+    """A token's bin, of the word that holds it."""
+    return m.bit_and(m.right(word, m.left(m.bit_and(token, 3), 3)), BINS - 1)
 
 
 def exp(x):
@@ -108,8 +119,8 @@ def _tail(x, log_factor):
     return m.multiply_float(m.multiply_float(t, 0.5), m.exp2(m.fma(log_factor, LOG2_E, log2_rest)))
 
 
-def store_sums(lane, values, sums, word):
-    """The warp's sums of its lanes' values, from a word of `sums` on."""
+def sum_of_lanes(lane, values):
+    """The warp's sums of its lanes' `KINDS` values: in lanes 4 i .. 4 i + 3, of value i."""
     for lanes in (16, 8, 4):
         is_upper = m.not_less(m.bit_and(lane, lanes), 1)
         half = len(values) // 2
@@ -121,5 +132,4 @@ def store_sums(lane, values, sums, word):
     (value,) = values
     for lanes in (2, 1):
         value = m.add_float(value, m.shuffle_xor(value, lanes))
-    at = m.address(sums, m.add(word, m.right(lane, 2)))
-    m.store(at, [m.as_int(value)], where=m.less(m.bit_and(lane, 3), 1))
+    return value

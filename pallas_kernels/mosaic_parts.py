@@ -28,7 +28,7 @@ class Parts:
 
     def _load(self, ref, part):
         place = m.add(self.first, part)
-        return m.as_float(m.load(m.address(ref, m.add(m.multiply(place, self.heads), self.head)), hint="")[0])
+        return m.as_float(m.load_written(m.address(ref, m.add(m.multiply(place, self.heads), self.head)))[0])
 
     def _add_up(self):
         """The largest peak, and the total in units of e^peak."""
@@ -63,7 +63,7 @@ class Parts:
                 is_real = m.less(part, self.number)
                 part = self._within(part)
                 place = m.add(m.multiply(m.add(self.first, part), self.heads), self.head)
-                words = m.load(m.address(self.outs, m.add(m.multiply(place, self.columns), mine)), words=4, hint="")
+                words = m.load_written(m.address(self.outs, m.add(m.multiply(place, self.columns), mine)), words=4)
                 loads.append((is_real, self._load(self.peaks, part), words))
             for is_real, peak, words in loads:
                 weight = m.select(is_real, exp(m.subtract_float(peak, self.peak)), 0.0)

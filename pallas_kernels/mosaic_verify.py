@@ -24,13 +24,15 @@ from pallas_kernels.mosaic_certificate import (
     typical_deviation,
 )
 from pallas_kernels.mosaic_certified_threshold import Rule
-from pallas_kernels.mosaic_found import KINDS, Found, store_sums
+from pallas_kernels.mosaic_found import KINDS, TERMS, Found, byte_of, sum_of_lanes
 from pallas_kernels.mosaic_parts import COLUMNS, Parts
 from pallas_kernels.mosaic_rules import load_limits
 
 LANES = 32
 # Blocks of sums that keep the device busy, and the most that a list is split into.
 BLOCKS, LARGEST_PARTS = 1024, 64
+# Found tokens of a warp that wait: fewer than a warp's lanes, and as many more; of 4 words each.
+QUEUE = 2 * LANES
 
 
 def verify(
@@ -68,8 +70,8 @@ def verify(
             jax.ShapeDtypeStruct(limits.shape, jnp.float32),
             jax.ShapeDtypeStruct((rows, groups, sizes.parts, HEADS, KINDS), jnp.float32),
         ),
-        blocks=sizes.blocks_of_sums + rows * groups * sizes.slices,
-        shared_words=4,
+        blocks=rows * groups * (sizes.slices + sizes.parts),
+        shared_words=4 + HEADS * 4 * QUEUE,
     )(*partial, indices, counts, logits, bins, scale, quantized, limits, state)
 
 
@@ -90,8 +92,8 @@ class _Sizes:
     rule: Rule
 
     @property
-    def blocks_of_sums(self) -> int:
-        return self.rows * self.groups * self.parts
+    def blocks_of_outputs(self) -> int:
+        return self.rows * self.groups * self.slices
 
 
 def _kernel(
@@ -100,7 +102,8 @@ def _kernel(
 ):  # fmt: skip
     """ends [R,2], peaks and totals [N,M], outs [N,M,C], indices [R,T], counts [R], logits [R,G,T], bins [R,T/8,G,2],
     scale [R,T], quantized [B], limits [R,H,LIMITS]; state [R,Z]; out [R,G,D], summary [R,G,8], lower [R,H,LIMITS], sums
-    [R,H/4,N,4,KINDS]; shared memory: a ticket."""
+    [R,H/4,N,4,KINDS]; shared memory: a ticket, queues of the
+    warps."""
     warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), LANES - 1)
 
     def work_of(block, parts: int):
@@ -111,7 +114,8 @@ def _kernel(
         return row, group, m.add(m.multiply(group, HEADS), warp), m.subtract(block, m.multiply(some, parts))
 
     def add_up_sums():
-        row, group, head, part = work_of(m.block_index(), sizes.parts)
+        block = m.subtract(m.block_index(), sizes.blocks_of_outputs)
+        row, group, head, part = work_of(block, sizes.parts)
         scored = m.load(m.address(quantized, m.divide(row, sizes.kv_heads)))[0]
         scored = m.maximum_signed(m.subtract(scored, sizes.sink), 0)
         count = m.load(m.address(counts, row))[0]
@@ -119,9 +123,15 @@ def _kernel(
         mine = load_limits(
             limits, m.add(m.multiply(row, HEADS * sizes.groups), m.minimum_signed(head, sizes.group - 1))
         )
-        work = _Work(sizes, row, head, lane, count, scored, indices, logits, bins, scale, mine)
-        place = m.multiply(m.add(m.multiply(m.block_index(), HEADS), warp), KINDS)
-        m.when(is_real, lambda: store_sums(lane, work.sums(part), sums, place))
+        queue = m.add(m.shared_address(shared), m.add(m.multiply(warp, 16 * QUEUE), 16))
+        work = _Work(sizes, row, head, lane, count, scored, indices, logits, bins, scale, mine, queue)
+        place = m.multiply(m.add(m.multiply(block, HEADS), warp), KINDS)
+
+        def store_sums():
+            at = m.address(sums, m.add(place, m.right(lane, 2)))
+            m.store(at, [m.as_int(sum_of_lanes(lane, work.sums(part)))], where=m.less(m.bit_and(lane, 3), 1))
+
+        m.when(is_real, store_sums)
         m.barrier()
         states = State(state, row, HEADS * sizes.groups, sizes.state_words)
         ticket, first_thread = m.shared_address(shared), m.less(m.thread_index(), 1)
@@ -130,14 +140,13 @@ def _kernel(
         is_last = m.not_less(m.load_shared(ticket)[0], sizes.parts - 1)
 
         def conclude():
-            first = m.add(m.multiply(m.subtract(m.block_index(), part), HEADS * KINDS), m.multiply(warp, KINDS))
+            first = m.add(m.multiply(m.subtract(block, part), HEADS * KINDS), m.multiply(warp, KINDS))
             _conclude(sizes, row, head, lane, count, scored, mine, sums, first, scale, states, summary, lower)
 
         m.when(m.both(is_last, is_real), conclude)
 
     def add_up_outputs():
-        block = m.subtract(m.block_index(), sizes.blocks_of_sums)
-        row, _, head, part = work_of(block, sizes.slices)
+        row, _, head, part = work_of(m.block_index(), sizes.slices)
 
         def run():
             first, last = m.load(m.address(ends, m.left(row, 1)), words=2)
@@ -151,18 +160,19 @@ def _kernel(
 
         m.when(m.less(head, sizes.group), run)
 
-    of_sums = m.less(m.block_index(), sizes.blocks_of_sums)
-    m.when(of_sums, add_up_sums)
-    m.when(m.negate(of_sums), add_up_outputs)
+    # The short ones first: those that do not fit on the device at once then need not wait for long.
+    of_outputs = m.less(m.block_index(), sizes.blocks_of_outputs)
+    m.when(of_outputs, add_up_outputs)
+    m.when(m.negate(of_outputs), add_up_sums)
 
 
 class _Work:
     """A warp's part of a list."""
 
-    def __init__(self, sizes: _Sizes, row, head, lane, count, scored, indices, logits, bins, scale, limits):
+    def __init__(self, sizes: _Sizes, row, head, lane, count, scored, indices, logits, bins, scale, limits, queue):
         self.sizes, self.row, self.head, self.lane, self.count, self.scored = sizes, row, head, lane, count, scored
         self.indices, self.logits, self.bins, self.scale = indices, logits, bins, scale
-        self.found = Found(sizes.rule, limits)
+        self.found, self.queue = Found(sizes.rule, limits), queue
         self.first_token = m.multiply(row, sizes.tokens)
         self.first_logit = m.multiply(m.add(m.multiply(row, sizes.group), head), sizes.tokens)
 
@@ -184,7 +194,8 @@ class _Work:
         ]
 
     def sums(self, part):
-        """Of the terms of this lane's tokens, `KINDS` f32."""
+        """Of this lane's tokens, `KINDS` f32. Those that were found wait in a queue until they fill a warp, since their
+        terms take most of the time."""
         stride = self.sizes.parts * LANES
         first = m.add(m.multiply(part, LANES), self.lane)
 
@@ -192,25 +203,50 @@ class _Work:
             """The next one's words, and the number of the one after it, are under way meanwhile."""
             place = m.add(first, m.multiply(i, stride))
             next_place = m.add(place, stride)
-            token, following, pair, logit, word, *totals = carried
+            token, following, pair, logit, word, waiting, *totals = carried
             under_way = [
                 following,
                 self._load_token(m.add(next_place, stride)),
                 *self._load_words(next_place, following),
             ]
+            logit, bin_ = m.as_float(logit), byte_of(word, token)
+            scale = scale_of(pair, m.add(self.first_token, token))
+            is_listed = m.less(place, self.count)
             # In unsigned numbers: sinks are far above.
             is_scored = m.less(m.subtract(token, self.sizes.sink), self.scored)
-            of_token = scale_of(pair, m.add(self.first_token, token))
-            is_listed = m.less(place, self.count)
-            terms = self.found.terms(token, m.as_float(logit), word, of_token, is_listed, is_scored)
-            return under_way + [m.add_float(x, y) for x, y in zip(totals, terms, strict=True)]
+            is_found = m.both(m.both(is_listed, is_scored), m.less(bin_, self.found.kept(scale)))
+            is_own = m.either(is_found, m.both(is_listed, m.negate(is_scored)))
+            masses = self.found.masses(logit, is_listed, is_own)
+            totals[:-TERMS] = [m.add_float(x, y) for x, y in zip(totals[:-TERMS], masses, strict=True)]
+            found = m.ballot(is_found)
+            before = m.count_ones(m.bit_and(found, m.subtract(m.left(1, self.lane), 1)))
+            at = self._entry(m.add(waiting, before))
+            m.when(is_found, lambda: m.store_shared(at, [m.as_int(logit), m.as_int(scale), bin_, bin_]))
+            waiting = m.add(waiting, m.count_ones(found))
+            m.warp_barrier()
+            is_full = m.not_less(waiting, LANES)
+            waiting = m.select(is_full, m.subtract(waiting, LANES), waiting)
+            totals = m.update(is_full, totals, lambda totals: self._add_waiting(waiting, LANES, totals))
+            return [*under_way, waiting, *totals]
 
         # Of this part, the same in all lanes.
         start = m.minimum_signed(m.multiply(part, LANES), self.count)
         runs = m.divide(m.add(m.subtract(self.count, start), stride - 1), stride)
         token = self._load_token(first)
-        carried = [token, self._load_token(m.add(first, stride)), *self._load_words(first, token)]
-        return m.loop(runs, carried + [m.value(0.0)] * KINDS, add_token)[-KINDS:]
+        carried = [token, self._load_token(m.add(first, stride)), *self._load_words(first, token), m.value(0)]
+        waiting, *totals = m.loop(runs, carried + [m.value(0.0)] * KINDS, add_token)[-KINDS - 1 :]
+        return self._add_waiting(m.value(0), waiting, totals)
+
+    def _entry(self, i):
+        return m.add(self.queue, m.left(i, 4))
+
+    def _add_waiting(self, first, number, totals):
+        """The totals with the terms of so many tokens of the queue, a lane each."""
+        logit, scale, bin_, _ = m.load_shared(self._entry(m.add(first, self.lane)), words=4)
+        terms = self.found.terms(m.as_float(logit), bin_, m.as_float(scale), m.less(self.lane, number))
+        # The places may be taken anew.
+        m.warp_barrier()
+        return totals[:-TERMS] + [m.add_float(x, y) for x, y in zip(totals[-TERMS:], terms, strict=True)]
 
 
 def _conclude(
@@ -243,7 +279,7 @@ def sum_of_parts(lane, sums, first, parts, most: int):
         part = m.add(some, i)
         place = m.minimum_signed(part, m.subtract(parts, 1))
         at = m.address(sums, m.add(m.add(first, m.multiply(place, HEADS * KINDS)), kind))
-        loads.append((part, m.load(at, hint="")[0]))
+        loads.append((part, m.load_written(at)[0]))
     mine = functools.reduce(m.add_float, [m.select(m.less(part, parts), m.as_float(word), 0.0) for part, word in loads])
     for lanes in (8, 16):
         mine = m.add_float(mine, m.shuffle_xor(mine, lanes))

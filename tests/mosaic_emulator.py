@@ -147,6 +147,9 @@ class Emulator:
     def barrier(self):
         assert self.mask.all(), "a barrier that not all threads reach"
 
+    def warp_barrier(self):
+        pass
+
     def address(self, memory, word):
         return SimpleNamespace(memory=memory, word=self.value(word).astype(np.int64))
 
@@ -159,9 +162,11 @@ class Emulator:
     def shared_address(self, _):
         return self.value(0)
 
-    def load(self, at, *, words=1, offset=0, hint=""):
+    def load(self, at, *, words=1, offset=0):
         assert offset % 4 == 0
         return [self._gather(at.memory, at.word + offset // 4 + i) for i in range(words)]
+
+    load_written = load
 
     def _gather(self, memory, word):
         assert np.all((word >= 0) & (word < memory.size) | ~self.mask), "a load outside of memory"
