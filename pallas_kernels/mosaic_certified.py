@@ -29,7 +29,7 @@ def score_and_select(
         `mosaic_top_p.score_and_select`.
 
     Returns:
-      Bins int32 [B,K,T/8,G,2]; indices int32 [B,K,T], counts int32 [B,K] and limits float32 [B,K,H,LIMITS].
+      Bins int32 [B,K,T/8,G,2]; indices, counts, limits and records, as `mosaic_compact.compact_noisy` gives them.
 
     Raises:
       NotImplementedError: `mosaic_top_p.takes` is False.
@@ -45,7 +45,7 @@ def score_and_select(
 
 
 def attend(
-    query, keys, values, indices, counts, bins, scale, quantized, limits, state,
+    query, keys, values, indices, counts, records, bins, scale, quantized, limits, state,
     *, softmax_scale: float, sink: int, rule: Rule,
 ):  # fmt: skip
     """Attention over lists: what `mosaic_verify.verify` gives."""
@@ -53,7 +53,7 @@ def attend(
         query, keys, values, indices, counts, softmax_scale=softmax_scale, with_logits=True
     )
     return mosaic_verify.verify(
-        partial, indices, counts, logits, bins, scale, quantized, limits, state,
+        partial, indices, counts, logits, records, bins, scale, quantized, limits, state,
         sink=sink, head_dim=query.shape[3], rule=rule,
     )  # fmt: skip
 

@@ -37,7 +37,7 @@ from pallas_kernels.mosaic_verify import sum_of_parts
 LANES, WARPS = 32, 4
 CHUNK = LANE_TOKENS * m.WARPGROUP
 # Blocks that are on the device at once, and the most that a kv head's tokens are split into.
-BLOCKS, LARGEST_PARTS = 528, 64
+BLOCKS, LARGEST_PARTS = 264, 64
 # Tokens whose values are under way at once; words of a key that are multiplied without a loop.
 VALUES_AT_ONCE, KEY_WORDS = 8, 64
 

@@ -30,13 +30,26 @@ from pallas_kernels.mosaic_rules import load_limits
 
 LANES = 32
 # Blocks of sums that keep the device busy, and the most that a list is split into.
-BLOCKS, LARGEST_PARTS = 1024, 64
+BLOCKS, LARGEST_PARTS = 896, 64
 # Found tokens of a warp that wait: fewer than a warp's lanes, and as many more; of 4 words each.
 QUEUE = 2 * LANES
 
 
 def verify(
-    partial, indices, counts, logits, bins, scale, quantized, limits, state, *, sink: int, head_dim: int, rule: Rule
+    partial,
+    indices,
+    counts,
+    logits,
+    records,
+    bins,
+    scale,
+    quantized,
+    limits,
+    state,
+    *,
+    sink: int,
+    head_dim: int,
+    rule: Rule,
 ):
     """Outputs and certificates.
 
@@ -44,6 +57,7 @@ def verify(
       partial: ends, peaks, totals and outputs of `gathered_attention.attend`.
       indices: int32 [B,K,T]; counts: int32 [B,K].
       logits: float32 [R,G,T], the exact logits of the listed tokens, in the lists' order; R = B K.
+      records: of `mosaic_compact.compact_noisy`, or None.
       bins: int32 [B,K,T/8,G,2], of `mosaic_score_bins.score_bins`; scale: bfloat16 [B,K,T]; quantized: int32 [B].
       limits: float32 [B,K,H,LIMITS], that the lists were made by.
       state: a reference, int32 [B,K,Z], of which tickets and marks of short rows are zero; the kernel writes these.
@@ -60,7 +74,10 @@ def verify(
         kv_heads=kv_heads, group=group, groups=groups, tokens=indices.shape[-1], sink=sink, head_dim=head_dim,
         parts=max(1, min(BLOCKS // (rows * groups), LARGEST_PARTS)), slices=-(-head_dim // COLUMNS), rows=rows,
         state_words=state.shape[-1], part_heads=partial[3].shape[1], part_columns=columns, rule=rule,
+        recorded=records is not None,
     )  # fmt: skip
+    # Where tokens are recorded, nothing is read at their places.
+    known = (bins, scale) if records is None else (records, scale)
     return m.call(
         functools.partial(_kernel, sizes),
         name="verify",
@@ -72,7 +89,7 @@ def verify(
         ),
         blocks=rows * groups * (sizes.slices + sizes.parts),
         shared_words=4 + HEADS * 4 * QUEUE,
-    )(*partial, indices, counts, logits, bins, scale, quantized, limits, state)
+    )(*partial, indices, counts, logits, *known, quantized, limits, state)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +104,7 @@ class _Sizes:
     state_words: int
     part_heads: int
     part_columns: int
+    recorded: bool
     sink: int
     head_dim: int
     rule: Rule
@@ -100,10 +118,9 @@ def _kernel(
     sizes: _Sizes, ends, peaks, totals, outs, indices, counts, logits, bins, scale, quantized, limits, state, out,
     summary, lower, sums, shared,
 ):  # fmt: skip
-    """ends [R,2], peaks and totals [N,M], outs [N,M,C], indices [R,T], counts [R], logits [R,G,T], bins [R,T/8,G,2],
-    scale [R,T], quantized [B], limits [R,H,LIMITS]; state [R,Z]; out [R,G,D], summary [R,G,8], lower [R,H,LIMITS], sums
-    [R,H/4,N,4,KINDS]; shared memory: a ticket, queues of the
-    warps."""
+    """ends [R,2], peaks and totals [N,M], outs [N,M,C], indices [R,T], counts [R], logits [R,G,T], bins [R,T/8,G,2] or
+    records [R,T,1 + H/4], scale [R,T], quantized [B], limits [R,H,LIMITS]; state [R,Z]; out [R,G,D], summary [R,G,8],
+    lower [R,H,LIMITS], sums [R,H/4,N,4,KINDS]; shared memory: a ticket, queues of the warps."""
     warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), LANES - 1)
 
     def work_of(block, parts: int):
@@ -124,7 +141,19 @@ def _kernel(
             limits, m.add(m.multiply(row, HEADS * sizes.groups), m.minimum_signed(head, sizes.group - 1))
         )
         queue = m.add(m.shared_address(shared), m.add(m.multiply(warp, 16 * QUEUE), 16))
-        work = _Work(sizes, row, head, lane, count, scored, indices, logits, bins, scale, mine, queue)
+        # Under way from the start, for the block that ends last.
+        deviation = typical_deviation(
+            sizes.rule,
+            lane,
+            scale,
+            m.multiply(row, sizes.tokens),
+            scored,
+            mine[0],
+            sink=sizes.sink,
+            tokens=sizes.tokens,
+        )
+        source = (_Recorded if sizes.recorded else _Scattered)(sizes, row, head, indices, logits, bins, scale)
+        work = _Work(sizes, lane, count, scored, source, Found(sizes.rule, mine), queue)
         place = m.multiply(m.add(m.multiply(block, HEADS), warp), KINDS)
 
         def store_sums():
@@ -141,7 +170,7 @@ def _kernel(
 
         def conclude():
             first = m.add(m.multiply(m.subtract(block, part), HEADS * KINDS), m.multiply(warp, KINDS))
-            _conclude(sizes, row, head, lane, count, scored, mine, sums, first, scale, states, summary, lower)
+            _conclude(sizes, row, head, lane, count, scored, deviation, mine, sums, first, states, summary, lower)
 
         m.when(m.both(is_last, is_real), conclude)
 
@@ -166,32 +195,78 @@ def _kernel(
     m.when(m.negate(of_outputs), add_up_sums)
 
 
-class _Work:
-    """A warp's part of a list."""
+class _Scattered:
+    """Listed tokens whose bins and scales lie at their places: beside the words of a place in the list, there is the
+    token of the next one."""
 
-    def __init__(self, sizes: _Sizes, row, head, lane, count, scored, indices, logits, bins, scale, limits, queue):
-        self.sizes, self.row, self.head, self.lane, self.count, self.scored = sizes, row, head, lane, count, scored
+    WORDS = 5
+
+    def __init__(self, sizes: _Sizes, row, head, indices, logits, bins, scale):
+        self.sizes, self.row, self.head = sizes, row, head
         self.indices, self.logits, self.bins, self.scale = indices, logits, bins, scale
-        self.found, self.queue = Found(sizes.rule, limits), queue
         self.first_token = m.multiply(row, sizes.tokens)
         self.first_logit = m.multiply(m.add(m.multiply(row, sizes.group), head), sizes.tokens)
 
-    def _within(self, place):
-        return m.maximum_signed(m.minimum_signed(place, m.subtract(self.count, 1)), 0)
+    def start(self, place, stride):
+        token = self._token(place)
+        return [token, self._token(m.add(place, stride)), *self._words(place, token)]
 
-    def _load_token(self, place):
+    def advance(self, words, place, stride):
+        following = words[1]
+        return [following, self._token(m.add(place, stride)), *self._words(place, following)]
+
+    def read(self, words):
+        """Token, exact logit, bin and scale."""
+        token, _, pair, logit, word = words
+        return token, m.as_float(logit), byte_of(word, token), scale_of(pair, m.add(self.first_token, token))
+
+    def _token(self, place):
+        """A token of the list; behind its end, any."""
         token = m.load(m.address(self.indices, m.add(self.first_token, self._within(place))))[0]
-        # Of an empty list, any token.
-        return m.maximum_signed(m.minimum_signed(token, self.sizes.tokens - 1), 0)
+        return self._within(m.maximum_signed(token, 0))
 
-    def _load_words(self, place, token):
-        """The words of the token's scale, exact logit and bin."""
-        word = word_of(self.row, token, self.head, self.sizes.group, self.sizes.tokens)
+    def _within(self, place):
+        return m.minimum_signed(place, self.sizes.tokens - 1)
+
+    def _words(self, place, token):
         return [
             *m.load(m.address(self.scale, m.right(m.add(self.first_token, token), 1))),
             *m.load(m.address(self.logits, m.add(self.first_logit, self._within(place)))),
-            *m.load(m.address(self.bins, word)),
+            *m.load(m.address(self.bins, word_of(self.row, token, self.head, self.sizes.group, self.sizes.tokens))),
         ]
+
+
+class _Recorded(_Scattered):
+    """Listed tokens of which compaction has written down what is needed: `bins` are records."""
+
+    WORDS = 4
+
+    def start(self, place, stride):
+        del stride
+        place = self._within(place)
+        record = m.multiply(m.add(self.first_token, place), 1 + self.sizes.groups)
+        return [
+            *m.load(m.address(self.indices, m.add(self.first_token, place))),
+            *m.load(m.address(self.bins, record)),
+            *m.load(m.address(self.logits, m.add(self.first_logit, place))),
+            *m.load(m.address(self.bins, m.add(record, m.add(m.right(self.head, 2), 1)))),
+        ]
+
+    def advance(self, words, place, stride):
+        del words
+        return self.start(place, stride)
+
+    def read(self, words):
+        token, scale, logit, word = words
+        return token, m.as_float(logit), byte_of(word, self.head), m.as_float(m.left(scale, 16))
+
+
+class _Work:
+    """A warp's part of a list."""
+
+    def __init__(self, sizes: _Sizes, lane, count, scored, source: _Scattered, found: Found, queue):
+        self.sizes, self.lane, self.count, self.scored = sizes, lane, count, scored
+        self.source, self.found, self.queue = source, found, queue
 
     def sums(self, part):
         """Of this lane's tokens, `KINDS` f32. Those that were found wait in a queue until they fill a warp, since their
@@ -200,17 +275,10 @@ class _Work:
         first = m.add(m.multiply(part, LANES), self.lane)
 
         def add_token(i, carried):
-            """The next one's words, and the number of the one after it, are under way meanwhile."""
             place = m.add(first, m.multiply(i, stride))
-            next_place = m.add(place, stride)
-            token, following, pair, logit, word, waiting, *totals = carried
-            under_way = [
-                following,
-                self._load_token(m.add(next_place, stride)),
-                *self._load_words(next_place, following),
-            ]
-            logit, bin_ = m.as_float(logit), byte_of(word, token)
-            scale = scale_of(pair, m.add(self.first_token, token))
+            words, (waiting, *totals) = carried[: self.source.WORDS], carried[self.source.WORDS :]
+            under_way = self.source.advance(words, m.add(place, stride), stride)
+            token, logit, bin_, scale = self.source.read(words)
             is_listed = m.less(place, self.count)
             # In unsigned numbers: sinks are far above.
             is_scored = m.less(m.subtract(token, self.sizes.sink), self.scored)
@@ -232,9 +300,8 @@ class _Work:
         # Of this part, the same in all lanes.
         start = m.minimum_signed(m.multiply(part, LANES), self.count)
         runs = m.divide(m.add(m.subtract(self.count, start), stride - 1), stride)
-        token = self._load_token(first)
-        carried = [token, self._load_token(m.add(first, stride)), *self._load_words(first, token), m.value(0)]
-        waiting, *totals = m.loop(runs, carried + [m.value(0.0)] * KINDS, add_token)[-KINDS - 1 :]
+        carried = [*self.source.start(first, stride), m.value(0), *[m.value(0.0)] * KINDS]
+        waiting, *totals = m.loop(runs, carried, add_token)[self.source.WORDS :]
         return self._add_waiting(m.value(0), waiting, totals)
 
     def _entry(self, i):
@@ -250,14 +317,11 @@ class _Work:
 
 
 def _conclude(
-    sizes: _Sizes, row, head, lane, count, scored, limits, sums, first_sum, scale, states: State, summary, lower
-):
+    sizes: _Sizes, row, head, lane, count, scored, deviation, limits, sums, first_sum, states: State, summary, lower
+):  # fmt: skip
     """A head's certificate, and its limits of a second round."""
     rule = sizes.rule
     totals = sum_of_parts(lane, sums, first_sum, sizes.parts, sizes.parts)
-    deviation = typical_deviation(
-        rule, lane, scale, m.multiply(row, sizes.tokens), scored, limits[0], sink=sizes.sink, tokens=sizes.tokens
-    )
     certificate = certify(rule, totals, limits, scored, deviation)
     second = limits_of_second_round(rule, lane, states, head, limits, certificate)
 

@@ -59,9 +59,10 @@ def attend_certified(
     with jax.named_scope("find_thresholds"):
         limits = estimates.limits()
     with jax.named_scope("keep_by_thresholds"):
-        indices, counts = estimates.keep(limits)
+        kept = estimates.keep(limits)
+        indices, counts = kept[:2]
     with jax.named_scope("verified_attention"):
-        last = estimates.attend(indices, counts, limits)
+        last = estimates.attend(kept, limits)
     short, read = jnp.zeros(query.shape[:3], bool), counts
     if config.selection == "certified" and config.top_p < 1:
         with jax.named_scope("extend"):

@@ -64,9 +64,9 @@ class NoisyScores:
         """Indices and counts of the tokens that are kept."""
         return keep_by_thresholds(self._noisy, limits[0], self._cache.length, implementation=self._config.select)
 
-    def attend(self, indices, counts, limits) -> Round:
-        """`verified_attention` over a list, and what follows from it."""
-        thresholds, below = limits
+    def attend(self, kept, limits) -> Round:
+        """`verified_attention` over what is kept, and what follows from it."""
+        (indices, counts), (thresholds, below) = kept, limits
         out, attended, own, found = verified_attention(
             self._query, self._cache.keys, self._cache.values, indices, counts, self._noisy, self._mass, thresholds,
             softmax_scale=self._softmax_scale, implementation=self._config.attend,
@@ -89,7 +89,7 @@ class NoisyScores:
         def attend_again(first):
             lower = self._lower(limits, first, short)
             again, counts = self.keep(lower)
-            return jax.tree.map(pick, self.attend(again, jnp.where(rows, counts, 0), lower), first)
+            return jax.tree.map(pick, self.attend((again, jnp.where(rows, counts, 0)), lower), first)
 
         any_short = jnp.any(short)
         last = jax.lax.cond(any_short, attend_again, lambda first: first, first)

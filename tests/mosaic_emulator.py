@@ -287,7 +287,7 @@ class Emulator:
         return result
 
     def loop(self, count, carried, body):
-        for i in range(int(np.max(self.value(count)))):
+        for i in range(int(np.max(self.value(count)[self.mask], initial=0))):
             carried = body(self.value(i), carried)
         return carried
 

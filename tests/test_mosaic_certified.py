@@ -9,6 +9,7 @@ from scipy.stats import norm
 from benchmarks.shapes import Shape
 from pallas_kernels import mosaic_certified, mosaic_compact, mosaic_found
 from pallas_kernels.mosaic_bins import bytes_of, counts_and_peaks, words_of
+from pallas_kernels.prepare_query import padded_heads
 from rabitq_jax import RaBitQConfig
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.noisy_bins import rule_of
@@ -56,7 +57,7 @@ def check_selection(shape, *, certified, top_p=0.9, offset=1.03, largest=1.0, bi
     gain, bias_gain = arguments[2], arguments[5]
     run = jit(lambda a, *rest: select(shape, (*a[:5], bias_gain, a[5]), *rest, promise))
     results = run((*arguments[:5], arguments[6]), noise, base, exact_lse, quantized, length)
-    bins, state, (indices, counts, limits) = results
+    bins, state, (indices, counts, limits, records) = results
     counted = np.asarray(counts_and_peaks(state, padded(noise).shape[2])[0])
     bytes_ = np.asarray(bytes_of(bins))
     limits = np.asarray(limits, np.float64)
@@ -80,8 +81,19 @@ def check_selection(shape, *, certified, top_p=0.9, offset=1.03, largest=1.0, bi
         chosen = np.zeros(shape.tokens, bool)
         chosen[np.asarray(indices[b, k, : counts[b, k]])] = True
         assert np.all(chosen >= (least | held)) and np.all(chosen <= (most | held))
-        assert np.all(np.diff(np.asarray(indices[b, k, : counts[b, k]])) > 0)
+        listed = np.asarray(indices[b, k, : counts[b, k]])
+        assert np.all(np.diff(listed) > 0)
+        if records is not None:
+            record = np.asarray(records[b, k, : len(listed)])
+            np.testing.assert_array_equal(record, records_of(bytes_[b, k], arguments[3][b, k])[listed])
     return results
+
+
+def records_of(bytes_, scale):
+    """Of all tokens of a kv head, int32 [T,1 + H/4]: bits of scales, and bytes [G,T], the last head's repeated."""
+    heads = np.minimum(np.arange(padded_heads(len(bytes_))), len(bytes_) - 1)
+    words = np.ascontiguousarray(np.asarray(bytes_)[heads].T).view(np.int32)
+    return np.concatenate([np.asarray(scale).view(np.uint16).astype(np.int32)[:, None], words], axis=1)
 
 
 class _Head:
@@ -164,6 +176,14 @@ def test_selection_in_an_emulator(shape, certified, offset, largest, top_p, monk
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("shape", [Shape(2, 2, 4, 1024, 128), Shape(1, 1, 5, 2560, 64)], ids=str)
+def test_selection_with_records_in_an_emulator(shape, monkeypatch):
+    emulate(monkeypatch)
+    monkeypatch.setattr(mosaic_compact, "LARGEST_NOT_RECORDED", 0)
+    monkeypatch.setattr(mosaic_compact, "NOISY_BLOCKS", 1)
+    check_selection(shape, certified=True)
+
+
 def test_selection_of_everything_in_an_emulator(monkeypatch):
     emulate(monkeypatch)
     check_selection(Shape(1, 2, 5, 512, 64), certified=True, top_p=1.0)
@@ -171,15 +191,15 @@ def test_selection_of_everything_in_an_emulator(monkeypatch):
 
 def test_selection_of_several_passes_in_an_emulator(monkeypatch):
     emulate(monkeypatch)
-    monkeypatch.setattr(mosaic_compact, "BLOCKS", 4)
+    monkeypatch.setattr(mosaic_compact, "NOISY_BLOCKS", 4)
     shape = Shape(2, 1, 3, 10240, 128)
-    assert mosaic_compact.passes_of(2, shape.tokens) > 1
+    assert mosaic_compact.passes_of(2, shape.tokens, noisy=True) > 1
     check_selection(shape, certified=True)
 
 
 def check_again(shape, jit=lambda run: run):
     """Lists by limits that are given, in some of the kv heads."""
-    bins, _, (_, _, limits) = check_selection(shape, certified=True, jit=jit)
+    bins, _, (_, _, limits, _) = check_selection(shape, certified=True, jit=jit)
     quantized, length = ranges(shape)
     scale = inputs(shape)[3]
     rows = np.arange(shape.batch * shape.kv_heads).reshape(shape.batch, shape.kv_heads) % 3 != 1
@@ -212,7 +232,7 @@ def test_selection_by_limits_in_an_emulator(monkeypatch):
     check_again(Shape(2, 2, 4, 1024, 128))
 
 
-def check_verified_attention(shape, kept_share=0.2):
+def check_verified_attention(shape, recorded, kept_share=0.2):
     """Output, masses and sums of the kernel on bins, in float64 over each query head's own tokens."""
     rng = np.random.default_rng(2)
     heads, tokens, dim = (shape.batch, shape.kv_heads, shape.group), shape.tokens, shape.head_dim
@@ -235,8 +255,12 @@ def check_verified_attention(shape, kept_share=0.2):
     indices = indices.reshape(*heads[:2], -1)
     listed = jnp.asarray(np.pad(indices, [(0, 0)] * 2 + [(0, tokens - indices.shape[-1])]), jnp.int32)
     arrays = [jnp.asarray(x, jnp.float32) for x in (query, keys, values)]
+    records = np.full((*heads[:2], tokens, 1 + padded_heads(heads[2]) // 4), -1, np.int32)
+    for at in np.ndindex(heads[:2]):
+        records[at][: counts[at]] = records_of(bins[at], scale[at])[indices[at]]
+    records = jnp.asarray(records) if recorded else None
     out, summary, _, sums = mosaic_certified.attend(
-        *arrays, listed, jnp.asarray(counts, jnp.int32), words_of(jnp.asarray(bins)), scale,
+        *arrays, listed, jnp.asarray(counts, jnp.int32), records, words_of(jnp.asarray(bins)), scale,
         jnp.asarray(quantized, jnp.int32), padded(jnp.asarray(limits, jnp.float32)), jax.new_ref(zeros(shape)),
         softmax_scale=dim**-0.5, sink=FIRST, rule=rule(0.9, True),
     )  # fmt: skip
@@ -275,9 +299,10 @@ def check_verified_attention(shape, kept_share=0.2):
 
 
 @pytest.mark.parametrize("shape", [Shape(2, 2, 4, 640, 32), Shape(1, 2, 1, 512, 64), Shape(1, 1, 5, 1536, 16)], ids=str)
-def test_verified_attention_on_bins_in_an_emulator(shape, monkeypatch):
+@pytest.mark.parametrize("recorded", [False, True])
+def test_verified_attention_on_bins_in_an_emulator(shape, recorded, monkeypatch):
     emulate(monkeypatch)
-    check_verified_attention(shape)
+    check_verified_attention(shape, recorded)
 
 
 def test_normal_distribution_in_an_emulator(monkeypatch):
@@ -296,11 +321,11 @@ def test_kernels_lower(certified, monkeypatch):
     heads = jnp.zeros(noise.shape)
 
     def run(front, shift, noise, heads):
-        bins, state, (indices, counts, limits) = select(
+        bins, state, (indices, counts, limits, records) = select(
             shape, (*front, arguments[5], shift), noise, heads, heads, quantized, length, rule(0.9, certified)
         )
         again = mosaic_certified.select_again(bins, limits, front[3], quantized, length, sink=FIRST, deviations=K)
-        return indices, again, state
+        return indices, again, state, records
 
     text = kernel_text(monkeypatch, run, arguments[:5], arguments[6], noise, heads)
     assert "score_bins" in text and "compact" in text
@@ -312,7 +337,12 @@ class TestOnHopper:
     @pytest.mark.parametrize("top_p", [0.3, 0.95, 1.0])
     @pytest.mark.parametrize(
         "shape,certified,offset,largest",
-        [*CASES, (Shape(1, 8, 4, 131072, 128), True, 1.03, 1.0), (Shape(1, 2, 16, 3072, 384), True, -3.0, 1.0)],
+        [
+            *CASES,
+            (Shape(1, 8, 4, 131072, 128), True, 1.03, 1.0),
+            (Shape(1, 2, 16, 3072, 384), True, -3.0, 1.0),
+            (Shape(3, 8, 4, 131072, 128), True, 1.03, 1.0),
+        ],
         ids=str,
     )
     def test_selection(self, shape, certified, offset, largest, top_p):
@@ -322,5 +352,6 @@ class TestOnHopper:
         check_again(Shape(2, 8, 4, 10240, 128), jit=jax.jit)
 
     @pytest.mark.parametrize("shape", [Shape(1, 8, 4, 32768, 128), Shape(2, 2, 16, 2048, 64)], ids=str)
-    def test_verified_attention(self, shape):
-        check_verified_attention(shape, kept_share=0.05)
+    @pytest.mark.parametrize("recorded", [False, True])
+    def test_verified_attention(self, shape, recorded):
+        check_verified_attention(shape, recorded, kept_share=0.05)

@@ -176,8 +176,8 @@ def first_round(shape, config, rows=True):
     rows = jnp.broadcast_to(rows, query.shape[:2])
     pick = lambda low, high: jnp.where(rows.reshape(*rows.shape, *(1,) * (high.ndim - 2)), low, high)  # noqa: E731
     limits = pick(low.limits(), bins.limits())
-    lists = tuple(map(pick, low.keep(None), bins.keep(None)))
-    return bins, limits, lists, bins.attend(*lists, limits)
+    lists = tuple(map(pick, low.keep(None)[:2], bins.keep(None)[:2]))
+    return bins, limits, lists, bins.attend((*lists, None), limits)
 
 
 @pytest.mark.parametrize("is_short", [False, True])
@@ -187,7 +187,7 @@ def test_what_follows_from_sums_in_an_emulator(is_short, monkeypatch):
     config = RaBitQConfig(top_p=0.9, selection="certified", interval=64, sink=4)
     bins, first, lists, found = first_round(Shape(1, 2, 3, 1024, 128), config, is_short)
     *_, sums = mosaic_certified.attend(
-        bins._query, bins._cache.keys, bins._cache.values, *lists, bins._bins, bins._scale, bins._cache.quantized,
+        bins._query, bins._cache.keys, bins._cache.values, *lists, None, bins._bins, bins._scale, bins._cache.quantized,
         first, jax.new_ref(0 * bins._state[...]), softmax_scale=128**-0.5, sink=config.sink, rule=bins._rule,
     )  # fmt: skip
     sums = jnp.sum(sums, axis=2).reshape(*found.number.shape[:2], -1, KINDS)[:, :, :3]
@@ -228,7 +228,7 @@ def check_second_round(shape, dtype, jit=lambda run: run):
             sink=config.sink, deviations=bins._rule.deviations,
         )  # fmt: skip
         want = mosaic_certified.attend(
-            bins._query, bins._cache.keys, bins._cache.values, again, counts, bins._bins, bins._scale,
+            bins._query, bins._cache.keys, bins._cache.values, again, counts, None, bins._bins, bins._scale,
             bins._cache.quantized, bins._second, jax.new_ref(jnp.zeros_like(bins._state[...])),
             softmax_scale=shape.head_dim**-0.5, sink=config.sink, rule=bins._rule,
         )  # fmt: skip
