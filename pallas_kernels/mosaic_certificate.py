@@ -34,16 +34,25 @@ def certify(rule: Rule, sums, limits, scored, mean_deviation):
     return [attended, own, rest, bulk, *(m.select(is_complete, 1.0, x) for x in (verified, bound))]
 
 
-def typical_deviation(rule: Rule, lane, scale, first_token, scored, noise, *, sink: int, tokens: int):
-    """Root of the mean sd^2 of tokens spread evenly over the scored ones of a row of scale."""
+def load_sample(lane, scale, first_token, scored, *, sink: int, tokens: int):
+    """Words of scales of `SAMPLES` tokens spread evenly over the scored ones of a row, and the tokens: 4 a lane."""
     each = m.divide(scored, SAMPLES)
     rest = m.subtract(scored, m.multiply(each, SAMPLES))
-    total = m.value(0.0)
+    loads = []
     for first in range(0, SAMPLES, 32):
         i = m.add(lane, first)
         place = m.add(m.multiply(each, i), m.divide(m.multiply(rest, i), SAMPLES))
         token = m.add(first_token, m.minimum_signed(m.add(place, sink), tokens - 1))
-        value = scale_of(m.load(m.address(scale, m.right(token, 1)))[0], token)
+        # Not to be put off until it is used.
+        loads.append((m.load_written(m.address(scale, m.right(token, 1)))[0], token))
+    return loads
+
+
+def typical_deviation(rule: Rule, sample, noise):
+    """Root of the mean sd^2 of a sample."""
+    total = m.value(0.0)
+    for word, token in sample:
+        value = scale_of(word, token)
         total = m.fma(value, value, total)
     mean_square = m.multiply_float(warp_sum(total, m.add_float), 1 / SAMPLES)
     return m.maximum(m.multiply_float(noise, m.square_root(mean_square)), rule.least_deviation)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import HEADS, State, word_of
-from pallas_kernels.mosaic_certificate import certify, scale_of, store_numbers, typical_deviation
+from pallas_kernels.mosaic_certificate import certify, load_sample, scale_of, store_numbers, typical_deviation
 from pallas_kernels.mosaic_certified_threshold import LIMITS, Rule
 from pallas_kernels.mosaic_found import KINDS, Found, byte_of, sum_of_lanes
 from pallas_kernels.mosaic_parts import COLUMNS, LOWEST, Parts
@@ -589,10 +589,9 @@ class _Block:
             parts.store(m.value(column), self.out, m.multiply(place, sizes.head_dim), sizes.head_dim)
         first_sum = m.multiply(m.add(m.multiply(self.first, HEADS), self.warp), KINDS)
         found = sum_of_parts(self.lane, sums, first_sum, self.parts, LARGEST_PARTS)
-        deviation = typical_deviation(
-            sizes.rule, self.lane, self.scale, m.multiply(self.row, sizes.tokens), self.scored, self.own_limits[0],
-            sink=sizes.sink, tokens=sizes.tokens,
-        )  # fmt: skip
+        first_token = m.multiply(self.row, sizes.tokens)
+        sample = load_sample(self.lane, self.scale, first_token, self.scored, sink=sizes.sink, tokens=sizes.tokens)
+        deviation = typical_deviation(sizes.rule, sample, self.own_limits[0])
         certificate = certify(sizes.rule, found, self.own_limits, self.scored, deviation)
         count = m.value(0)
         for i in range(0, LARGEST_PARTS, LANES):

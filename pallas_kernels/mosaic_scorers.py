@@ -76,12 +76,13 @@ class Scorer:
             # Half a bin less: the conversion to an integer rounds to nearest.
             top = m.fma(self.bases[-1], BINS_PER_NAT / (BINS - 1), -0.5 / (BINS - 1))
             self.factors.append((m.add_float(gain, gain), m.multiply_float(gain, minus_sum), top))
-        # Of a unit of scale, of this lane's heads.
         self.half_variances = [self._half_variance(noise, h) for h in range(sizes.groups)] if sizes.noisy else []
 
     def _half_variance(self, noise, h):
+        """Of a unit of scale, of this lane's head of group h: - sd^2 / 2, and - sd^2 as a depth."""
         deviation = m.as_float(m.load(m.address(noise, self._head(h)))[0])
-        return m.multiply_float(m.multiply_float(deviation, deviation), 0.5)
+        variance = m.multiply_float(deviation, deviation)
+        return m.multiply_float(variance, -0.5), m.multiply_float(variance, -BINS_PER_NAT / (BINS - 1))
 
     def _head(self, h):
         """Index in [R,H] of this lane's head of group h."""
@@ -159,11 +160,12 @@ class Scorer:
     def see_scores(self, h, scores, scales, scored, peaks):
         """Count four tokens' scores in their bins: i32 whose lowest bytes these are; and the largest scores so far."""
         del scales
-        bins, peak = self._count(h, scores, scored, peaks[h])
-        return bins, [*peaks[:h], peak, *peaks[h + 1 :]]
+        depths, peak = self._count(h, scores, scored, peaks[h])
+        return [m.as_int(bin_) for bin_, _ in depths], [*peaks[:h], peak, *peaks[h + 1 :]]
 
     def _count(self, h, scores, scored, peak):
-        bins = []
+        """Bins and depths, as `_bin` gives them, and the largest score so far."""
+        depths = []
         for z, is_scored in zip(scores, scored, strict=True):
             larger = m.maximum(peak, m.minimum(z, 3e38))
             peak = larger if is_scored is None else m.select(is_scored, larger, peak)
@@ -171,8 +173,8 @@ class Scorer:
             # 1, above its place in the bin.
             one = m.fma(_place(bin_, depth), float(PLACES), 2.0**23 + 2**COUNT_BITS + PLACES // 2)
             self._add(h, bin_, m.bit_and(m.as_int(one), 2**23 - 1), is_scored)
-            bins.append(m.as_int(bin_))
-        return bins, peak
+            depths.append((bin_, depth))
+        return depths, peak
 
     def _add(self, h, bin_, word, where):
         """Add to the word of a bin in shared memory, [group][bin][head of 4]."""
@@ -220,15 +222,14 @@ class NoisyScorer(Scorer):
         return [*super().no_peaks(), m.value(0.0)]
 
     def see_scores(self, h, scores, scales, scored, peaks):
-        half = self.half_variances[h]
-        minus_half = m.subtract_float(0.0, half)
+        minus_half, over = self.half_variances[h]
         squares = [m.multiply_float(scale, scale) for scale in scales]
         debiased = [m.fma(square, minus_half, z) for square, z in zip(squares, scores, strict=True)]
-        raised = [m.fma(square, half, z) for square, z in zip(squares, scores, strict=True)]
-        _, peak = self._count(h, debiased, scored, peaks[h])
-        bins = [m.as_int(_bin(z, self.factors[h][2])[0]) for z in raised]
+        depths, peak = self._count(h, debiased, scored, peaks[h])
+        # z + sd^2 / 2 is sd^2 less deep, and at most that where the last bin has cut a depth off.
+        raised = [_raise(square, over, depth) for square, (_, depth) in zip(squares, depths, strict=True)]
         largest = self._largest_scale(peaks[-1], scales, scored) if h == 0 else peaks[-1]
-        return bins, [*peaks[:h], peak, *peaks[h + 1 : -1], largest]
+        return [m.as_int(_bin_at(depth)) for depth in raised], [*peaks[:h], peak, *peaks[h + 1 : -1], largest]
 
     def _largest_scale(self, largest, scales, scored):
         for scale, is_scored in zip(scales, scored, strict=True):
@@ -275,7 +276,16 @@ def _bin(z, top):
     """An f32 whose bits' lowest byte is the bin, and a depth for `_place`."""
     # Saturate 8 (base - z) / 255 to [0, 1], half a bin early, then let 2^23 round it to an integer.
     depth = m.ptx("fma.rn.sat.f32 $0, $1, $2, $3;", [z, -BINS_PER_NAT / (BINS - 1), top], "f")[0]
-    return m.fma(depth, float(BINS - 1), 2.0**23), depth
+    return _bin_at(depth), depth
+
+
+def _bin_at(depth):
+    return m.fma(depth, float(BINS - 1), 2.0**23)
+
+
+def _raise(square, factor, depth):
+    """square factor + depth, from 0 to 1."""
+    return m.ptx("fma.rn.sat.f32 $0, $1, $2, $3;", [square, factor, depth], "f")[0]
 
 
 def _place(bin_, depth):

@@ -19,6 +19,7 @@ from pallas_kernels.mosaic_certificate import (
     SUMMARY,
     certify,
     limits_of_second_round,
+    load_sample,
     scale_of,
     store_numbers,
     typical_deviation,
@@ -141,17 +142,6 @@ def _kernel(
             limits, m.add(m.multiply(row, HEADS * sizes.groups), m.minimum_signed(head, sizes.group - 1))
         )
         queue = m.add(m.shared_address(shared), m.add(m.multiply(warp, 16 * QUEUE), 16))
-        # Under way from the start, for the block that ends last.
-        deviation = typical_deviation(
-            sizes.rule,
-            lane,
-            scale,
-            m.multiply(row, sizes.tokens),
-            scored,
-            mine[0],
-            sink=sizes.sink,
-            tokens=sizes.tokens,
-        )
         source = (_Recorded if sizes.recorded else _Scattered)(sizes, row, head, indices, logits, bins, scale)
         work = _Work(sizes, lane, count, scored, source, Found(sizes.rule, mine), queue)
         place = m.multiply(m.add(m.multiply(block, HEADS), warp), KINDS)
@@ -161,6 +151,9 @@ def _kernel(
             m.store(at, [m.as_int(sum_of_lanes(lane, work.sums(part)))], where=m.less(m.bit_and(lane, 3), 1))
 
         m.when(is_real, store_sums)
+        # Under way while the block waits for its ticket.
+        first_token = m.multiply(row, sizes.tokens)
+        sample = load_sample(lane, scale, first_token, scored, sink=sizes.sink, tokens=sizes.tokens)
         m.barrier()
         states = State(state, row, HEADS * sizes.groups, sizes.state_words)
         ticket, first_thread = m.shared_address(shared), m.less(m.thread_index(), 1)
@@ -170,7 +163,7 @@ def _kernel(
 
         def conclude():
             first = m.add(m.multiply(m.subtract(block, part), HEADS * KINDS), m.multiply(warp, KINDS))
-            _conclude(sizes, row, head, lane, count, scored, deviation, mine, sums, first, states, summary, lower)
+            _conclude(sizes, row, head, lane, count, scored, sample, mine, sums, first, states, summary, lower)
 
         m.when(m.both(is_last, is_real), conclude)
 
@@ -317,12 +310,12 @@ class _Work:
 
 
 def _conclude(
-    sizes: _Sizes, row, head, lane, count, scored, deviation, limits, sums, first_sum, states: State, summary, lower
+    sizes: _Sizes, row, head, lane, count, scored, sample, limits, sums, first_sum, states: State, summary, lower
 ):  # fmt: skip
     """A head's certificate, and its limits of a second round."""
     rule = sizes.rule
     totals = sum_of_parts(lane, sums, first_sum, sizes.parts, sizes.parts)
-    certificate = certify(rule, totals, limits, scored, deviation)
+    certificate = certify(rule, totals, limits, scored, typical_deviation(rule, sample, limits[0]))
     second = limits_of_second_round(rule, lane, states, head, limits, certificate)
 
     def store():

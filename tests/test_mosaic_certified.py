@@ -106,7 +106,8 @@ class _Head:
         self.bin = np.clip(np.floor(self.depth), 0, 255).astype(int)
 
     def check_bytes(self, bytes_):
-        depth = 8 * (self.base - (self.z + self.sd**2 / 2))
+        # Cut off where z - sd^2 / 2 is.
+        depth = np.minimum(self.depth, 255.5) - 8 * self.sd**2
         want = np.clip(np.floor(depth), 0, 255)
         near = np.abs(depth - np.round(depth)) < 2e-3
         assert np.all((bytes_ == want) | (near & (np.abs(bytes_ - want) <= 1)))
