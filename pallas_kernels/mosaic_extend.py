@@ -22,7 +22,7 @@ from pallas_kernels.mosaic_bins import HEADS, State, word_of
 from pallas_kernels.mosaic_certificate import certify, load_sample, scale_of, store_numbers, typical_deviation
 from pallas_kernels.mosaic_certified_threshold import LIMITS, Rule
 from pallas_kernels.mosaic_found import KINDS, Found, byte_of, sum_of_lanes
-from pallas_kernels.mosaic_parts import COLUMNS, LOWEST, Parts
+from pallas_kernels.mosaic_parts import LARGEST_COLUMNS, LOWEST, Parts, columns_of
 from pallas_kernels.mosaic_rules import (
     LANE_TOKENS,
     Given,
@@ -73,9 +73,9 @@ def extend(
     groups = heads // HEADS
     sizes = _Sizes(
         kv_heads=kv_heads, rows=rows, group=group, groups=groups, tokens=tokens, head_dim=head_dim,
-        columns=-(-head_dim // COLUMNS) * COLUMNS, words=head_dim * keys.dtype.itemsize // 4, dtype=keys.dtype.name,
-        query_dtype=query.dtype.name, blocks=max(BLOCKS, rows * groups), state_words=state.shape[-1], sink=sink,
-        softmax_scale=softmax_scale, rule=rule,
+        columns=-(-head_dim // LARGEST_COLUMNS) * LARGEST_COLUMNS, words=head_dim * keys.dtype.itemsize // 4,
+        dtype=keys.dtype.name, query_dtype=query.dtype.name, blocks=max(BLOCKS, rows * groups),
+        state_words=state.shape[-1], sink=sink, softmax_scale=softmax_scale, rule=rule,
     )  # fmt: skip
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     m.call(
@@ -102,7 +102,7 @@ def _unpack(dtype: str, word):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """columns: of an output, D and what is missing to a multiple of `COLUMNS`; words: of a key or value."""
+    """columns: of an output, D and what is missing to a multiple of `LARGEST_COLUMNS`; words: of a key or value."""
 
     kv_heads: int
     rows: int
@@ -306,7 +306,7 @@ class _Block:
         real = m.minimum_signed(self.head, sizes.group - 1)
         self.own_limits = load_limits(limits, m.add(m.multiply(row, sizes.heads), real))
         # Behind those that `mosaic_verify` takes.
-        self.ticket = State(state, row, sizes.heads, sizes.state_words).ticket(m.add(group, sizes.groups))
+        self.ticket = State(state, row, sizes.heads, sizes.state_words).ticket(m.add(group, sizes.heads))
         self.shared = m.shared_address(shared)
 
     def _shared(self, place, word: Any = 0):
@@ -582,10 +582,10 @@ class _Block:
         sizes = self.sizes
         parts = Parts(
             peaks, totals, outs, heads=HEADS, columns=sizes.columns, head=self.warp, first=self.first,
-            number=self.parts, lane=self.lane,
+            number=self.parts, usual=LARGEST_PARTS, lane=self.lane,
         )  # fmt: skip
         place = m.add(m.multiply(self.row, sizes.group), self.head)
-        for column in range(0, sizes.columns, COLUMNS):
+        for column in range(0, sizes.columns, columns_of(LARGEST_PARTS)):
             parts.store(m.value(column), self.out, m.multiply(place, sizes.head_dim), sizes.head_dim)
         first_sum = m.multiply(m.add(m.multiply(self.first, HEADS), self.warp), KINDS)
         found = sum_of_parts(self.lane, sums, first_sum, self.parts, LARGEST_PARTS)

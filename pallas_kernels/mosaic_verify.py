@@ -1,8 +1,8 @@
 """The end of a first round: outputs of its parts added up, and what found tokens say of the rest; for Hopper GPUs.
 
     block of sums       every n-th run of 32 places of a list -> sums of 4 query heads, a warp each (mosaic_found.py);
-                        the block of a row that ends last goes on to certificates and limits of a second round
-    block of outputs    32 columns of 4 query heads, a warp each (mosaic_parts.py)
+                        the last warp of a head goes on to its certificate, and limits of a second round
+    block of outputs    some columns of 4 query heads, a warp each (mosaic_parts.py)
 
 The two kinds have nothing to do with each other, but for being one launch.
 """
@@ -26,7 +26,7 @@ from pallas_kernels.mosaic_certificate import (
 )
 from pallas_kernels.mosaic_certified_threshold import Rule
 from pallas_kernels.mosaic_found import KINDS, TERMS, Found, byte_of, sum_of_lanes
-from pallas_kernels.mosaic_parts import COLUMNS, Parts
+from pallas_kernels.mosaic_parts import Parts, columns_of
 from pallas_kernels.mosaic_rules import load_limits
 
 LANES = 32
@@ -70,12 +70,14 @@ def verify(
     """
     batch, kv_heads, heads = limits.shape[:3]
     rows, groups, group = batch * kv_heads, heads // HEADS, bins.shape[3]
-    columns = partial[3].shape[-1]
+    places, part_heads, columns = partial[3].shape
+    # Those that a list has as a rule: a program's each, and one that it shares.
+    usual = (places - rows) // rows + 1
     sizes = _Sizes(
         kv_heads=kv_heads, group=group, groups=groups, tokens=indices.shape[-1], sink=sink, head_dim=head_dim,
-        parts=max(1, min(BLOCKS // (rows * groups), LARGEST_PARTS)), slices=-(-head_dim // COLUMNS), rows=rows,
-        state_words=state.shape[-1], part_heads=partial[3].shape[1], part_columns=columns, rule=rule,
-        recorded=records is not None,
+        parts=max(1, min(BLOCKS // (rows * groups), LARGEST_PARTS)), slices=-(-head_dim // columns_of(usual)),
+        rows=rows, state_words=state.shape[-1], part_heads=part_heads, part_columns=columns, rule=rule,
+        recorded=records is not None, usual=usual,
     )  # fmt: skip
     # Where tokens are recorded, nothing is read at their places.
     known = (bins, scale) if records is None else (records, scale)
@@ -89,7 +91,7 @@ def verify(
             jax.ShapeDtypeStruct((rows, groups, sizes.parts, HEADS, KINDS), jnp.float32),
         ),
         blocks=rows * groups * (sizes.slices + sizes.parts),
-        shared_words=4 + HEADS * 4 * QUEUE,
+        shared_words=HEADS * 4 * QUEUE,
     )(*partial, indices, counts, logits, *known, quantized, limits, state)
 
 
@@ -106,6 +108,7 @@ class _Sizes:
     part_heads: int
     part_columns: int
     recorded: bool
+    usual: int
     sink: int
     head_dim: int
     rule: Rule
@@ -121,7 +124,8 @@ def _kernel(
 ):  # fmt: skip
     """ends [R,2], peaks and totals [N,M], outs [N,M,C], indices [R,T], counts [R], logits [R,G,T], bins [R,T/8,G,2] or
     records [R,T,1 + H/4], scale [R,T], quantized [B], limits [R,H,LIMITS]; state [R,Z]; out [R,G,D], summary [R,G,8],
-    lower [R,H,LIMITS], sums [R,H/4,N,4,KINDS]; shared memory: a ticket, queues of the warps."""
+    lower [R,H,LIMITS], sums [R,H/4,N,4,KINDS]; shared memory: queues of the
+    warps."""
     warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), LANES - 1)
 
     def work_of(block, parts: int):
@@ -133,39 +137,33 @@ def _kernel(
 
     def add_up_sums():
         block = m.subtract(m.block_index(), sizes.blocks_of_outputs)
-        row, group, head, part = work_of(block, sizes.parts)
+        row, _, head, part = work_of(block, sizes.parts)
+        m.when(m.less(head, sizes.group), lambda: add_up_head(block, row, head, part))
+
+    def add_up_head(block, row, head, part):
         scored = m.load(m.address(quantized, m.divide(row, sizes.kv_heads)))[0]
         scored = m.maximum_signed(m.subtract(scored, sizes.sink), 0)
         count = m.load(m.address(counts, row))[0]
-        is_real = m.less(head, sizes.group)
-        mine = load_limits(
-            limits, m.add(m.multiply(row, HEADS * sizes.groups), m.minimum_signed(head, sizes.group - 1))
-        )
-        queue = m.add(m.shared_address(shared), m.add(m.multiply(warp, 16 * QUEUE), 16))
+        mine = load_limits(limits, m.add(m.multiply(row, HEADS * sizes.groups), head))
+        queue = m.add(m.shared_address(shared), m.multiply(warp, 16 * QUEUE))
         source = (_Recorded if sizes.recorded else _Scattered)(sizes, row, head, indices, logits, bins, scale)
         work = _Work(sizes, lane, count, scored, source, Found(sizes.rule, mine), queue)
-        place = m.multiply(m.add(m.multiply(block, HEADS), warp), KINDS)
-
-        def store_sums():
-            at = m.address(sums, m.add(place, m.right(lane, 2)))
-            m.store(at, [m.as_int(sum_of_lanes(lane, work.sums(part)))], where=m.less(m.bit_and(lane, 3), 1))
-
-        m.when(is_real, store_sums)
-        # Under way while the block waits for its ticket.
+        total = sum_of_lanes(lane, work.sums(part))
+        at = m.address(sums, m.add(m.multiply(m.add(m.multiply(block, HEADS), warp), KINDS), m.right(lane, 2)))
+        m.store(at, [m.as_int(total)], where=m.less(m.bit_and(lane, 3), 1))
+        # Under way while the warp waits for its ticket.
         first_token = m.multiply(row, sizes.tokens)
         sample = load_sample(lane, scale, first_token, scored, sink=sizes.sink, tokens=sizes.tokens)
-        m.barrier()
         states = State(state, row, HEADS * sizes.groups, sizes.state_words)
-        ticket, first_thread = m.shared_address(shared), m.less(m.thread_index(), 1)
-        m.when(first_thread, lambda: m.store_shared(ticket, [m.take_ticket(states.ticket(group))]))
-        m.barrier()
-        is_last = m.not_less(m.load_shared(ticket)[0], sizes.parts - 1)
+        m.warp_barrier()
+        (ticket,) = m.update(m.less(lane, 1), [m.value(0)], lambda _: [m.take_ticket(states.ticket(head))])
+        is_last = m.not_less(m.shuffle(ticket, 0), sizes.parts - 1)
 
         def conclude():
             first = m.add(m.multiply(m.subtract(block, part), HEADS * KINDS), m.multiply(warp, KINDS))
             _conclude(sizes, row, head, lane, count, scored, sample, mine, sums, first, states, summary, lower)
 
-        m.when(m.both(is_last, is_real), conclude)
+        m.when(is_last, conclude)
 
     def add_up_outputs():
         row, _, head, part = work_of(m.block_index(), sizes.slices)
@@ -175,10 +173,10 @@ def _kernel(
             number = m.select(m.less(m.load(m.address(counts, row))[0], 1), 0, m.add(m.subtract(last, first), 1))
             parts = Parts(
                 peaks, totals, outs, heads=sizes.part_heads, columns=sizes.part_columns, head=head, first=first,
-                number=number, lane=lane,
+                number=number, usual=sizes.usual, lane=lane,
             )  # fmt: skip
             word = m.multiply(m.add(m.multiply(row, sizes.group), head), sizes.head_dim)
-            parts.store(m.multiply(part, COLUMNS), out, word, sizes.head_dim)
+            parts.store(m.multiply(part, columns_of(sizes.usual)), out, word, sizes.head_dim)
 
         m.when(m.less(head, sizes.group), run)
 
