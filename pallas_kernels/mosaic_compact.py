@@ -306,11 +306,8 @@ def _record(sizes: _Sizes, bins, scale, indices, first, row, before, total, reco
             some = m.add(m.thread_index(), m.multiply(m.add(m.multiply(i, RECORDED_AT_ONCE), j), m.WARPGROUP))
             place = m.add(first, m.add(before, m.minimum_signed(some, m.subtract(total, 1))))
             found.append((m.less(some, total), place, m.load_written(m.address(indices, place))[0]))
-        loads = [
-            (is_listed, place, token, _load_token(sizes, bins, scale, first, row, token))
-            for is_listed, place, token in found
-        ]
-        for is_listed, place, token, (pair, words) in loads:
+        loads = [_load_token(sizes, bins, scale, first, row, token) for *_, token in found]
+        for (is_listed, place, token), (pair, words) in zip(found, loads, strict=True):
             odd = m.multiply(m.bit_and(m.add(first, token), 1), 16)
             of_heads = [m.right(word, m.left(m.bit_and(token, 3), 3)) for word in words]
             packed = [m.pack_bytes(of_heads[h : h + HEADS]) for h in range(0, sizes.heads, HEADS)]

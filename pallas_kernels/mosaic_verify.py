@@ -37,21 +37,9 @@ QUEUE = 2 * LANES
 
 
 def verify(
-    partial,
-    indices,
-    counts,
-    logits,
-    records,
-    bins,
-    scale,
-    quantized,
-    limits,
-    state,
-    *,
-    sink: int,
-    head_dim: int,
-    rule: Rule,
-):
+    partial, indices, counts, logits, records, bins, scale, quantized, limits, state,
+    *, sink: int, head_dim: int, rule: Rule,
+):  # fmt: skip
     """Outputs and certificates.
 
     Args:
@@ -124,8 +112,8 @@ def _kernel(
 ):  # fmt: skip
     """ends [R,2], peaks and totals [N,M], outs [N,M,C], indices [R,T], counts [R], logits [R,G,T], bins [R,T/8,G,2] or
     records [R,T,1 + H/4], scale [R,T], quantized [B], limits [R,H,LIMITS]; state [R,Z]; out [R,G,D], summary [R,G,8],
-    lower [R,H,LIMITS], sums [R,H/4,N,4,KINDS]; shared memory: queues of the
-    warps."""
+    lower [R,H,LIMITS], sums [R,H/4,N,4,KINDS]; shared memory: queues of
+    the warps."""
     warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), LANES - 1)
 
     def work_of(block, parts: int):
@@ -186,17 +174,37 @@ def _kernel(
     m.when(m.negate(of_outputs), add_up_sums)
 
 
-class _Scattered:
-    """Listed tokens whose bins and scales lie at their places: beside the words of a place in the list, there is the
-    token of the next one."""
+class _Source:
+    """What a warp reads of listed tokens: at a place in the list `WORDS` words, which are under way one place ahead."""
 
-    WORDS = 5
+    WORDS: int
 
     def __init__(self, sizes: _Sizes, row, head, indices, logits, bins, scale):
         self.sizes, self.row, self.head = sizes, row, head
         self.indices, self.logits, self.bins, self.scale = indices, logits, bins, scale
         self.first_token = m.multiply(row, sizes.tokens)
         self.first_logit = m.multiply(m.add(m.multiply(row, sizes.group), head), sizes.tokens)
+
+    def start(self, place, stride):
+        """The words of a place, of which the next one is so many further on. Behind the list's end, any."""
+        raise NotImplementedError
+
+    def advance(self, words, place, stride):
+        """The words of the place behind the one whose words are given."""
+        raise NotImplementedError
+
+    def read(self, words):
+        """Token, exact logit, bin and scale."""
+        raise NotImplementedError
+
+    def _within(self, place):
+        return m.minimum_signed(place, self.sizes.tokens - 1)
+
+
+class _Scattered(_Source):
+    """Bins and scales lie at their tokens' places: the next place's token is known one place ahead."""
+
+    WORDS = 5
 
     def start(self, place, stride):
         token = self._token(place)
@@ -207,17 +215,12 @@ class _Scattered:
         return [following, self._token(m.add(place, stride)), *self._words(place, following)]
 
     def read(self, words):
-        """Token, exact logit, bin and scale."""
         token, _, pair, logit, word = words
         return token, m.as_float(logit), byte_of(word, token), scale_of(pair, m.add(self.first_token, token))
 
     def _token(self, place):
-        """A token of the list; behind its end, any."""
         token = m.load(m.address(self.indices, m.add(self.first_token, self._within(place))))[0]
         return self._within(m.maximum_signed(token, 0))
-
-    def _within(self, place):
-        return m.minimum_signed(place, self.sizes.tokens - 1)
 
     def _words(self, place, token):
         return [
@@ -227,8 +230,8 @@ class _Scattered:
         ]
 
 
-class _Recorded(_Scattered):
-    """Listed tokens of which compaction has written down what is needed: `bins` are records."""
+class _Recorded(_Source):
+    """Compaction has written down bins and scales in the list's order: `bins` are these records."""
 
     WORDS = 4
 
@@ -255,7 +258,7 @@ class _Recorded(_Scattered):
 class _Work:
     """A warp's part of a list."""
 
-    def __init__(self, sizes: _Sizes, lane, count, scored, source: _Scattered, found: Found, queue):
+    def __init__(self, sizes: _Sizes, lane, count, scored, source: _Source, found: Found, queue):
         self.sizes, self.lane, self.count, self.scored = sizes, lane, count, scored
         self.source, self.found, self.queue = source, found, queue
 
