@@ -24,6 +24,7 @@ from pallas_kernels import (
     mosaic_top_p,
     mosaic_top_p_threshold,
     mosaic_verify,
+    mosaic_warp_attention,
 )
 from pallas_kernels.popcount_scores import bit_planes
 from pallas_kernels.prepare_query import padded_heads
@@ -176,7 +177,7 @@ def check_selection(shape, sharpness, offset, *, top_p=0.9, jit=lambda run: run)
 def emulate(monkeypatch):
     emulator = Emulator()
     scores, thresholds = (mosaic_score_bins, mosaic_scorers), (mosaic_top_p_threshold, mosaic_certified_threshold)
-    attention = mosaic_found, mosaic_certificate, mosaic_parts, mosaic_verify, mosaic_extend
+    attention = mosaic_found, mosaic_certificate, mosaic_parts, mosaic_verify, mosaic_extend, mosaic_warp_attention
     for module in (mosaic_bins, *scores, *thresholds, mosaic_compact, mosaic_rules, *attention):
         monkeypatch.setattr(module, "m", emulator)
 
