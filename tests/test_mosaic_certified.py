@@ -299,8 +299,11 @@ def check_verified_attention(shape, recorded, kept_share=0.2):
         np.testing.assert_allclose(summary[at][jnp.array([0, 1, 6, 7])], [*want[:2], own.sum(), len(token)], rtol=5e-3)
 
 
-@pytest.mark.parametrize("shape", [Shape(2, 2, 4, 640, 32), Shape(1, 2, 1, 512, 64), Shape(1, 1, 5, 1536, 16)], ids=str)
-@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(
+    "shape,recorded",
+    [(Shape(2, 2, 4, 640, 32), False), (Shape(1, 2, 1, 512, 64), True), (Shape(1, 1, 5, 1536, 16), True)],
+    ids=str,
+)
 def test_verified_attention_on_bins_in_an_emulator(shape, recorded, monkeypatch):
     emulate(monkeypatch)
     check_verified_attention(shape, recorded)
