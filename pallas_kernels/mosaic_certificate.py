@@ -11,7 +11,6 @@ from pallas_kernels.prepare_query import SAMPLES
 
 # Numbers of a head: the fields of a certificate, its own tokens, and how many its kv head attends.
 SUMMARY = 8
-BOUND = 5
 
 
 def certify(rule: Rule, sums, limits, scored, mean_deviation):

@@ -13,6 +13,7 @@ import math
 from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import BINS, BINS_PER_NAT, LOG2_E
 from pallas_kernels.mosaic_certified_threshold import Rule, bins_of, gain_and_curve
+from pallas_kernels.mosaic_top_p_threshold import exp
 
 # Sums of a query head: the mass of the listed tokens, that of its own, and missed, variance, information, score,
 # returned and number of `rabitq_jax.certificate.Found`.
@@ -92,10 +93,6 @@ class Found:
 def byte_of(word, token):
     """A token's bin, of the word that holds it."""
     return m.bit_and(m.right(word, m.left(m.bit_and(token, 3), 3)), BINS - 1)
-
-
-def exp(x):
-    return m.exp2(m.multiply_float(x, LOG2_E))
 
 
 def normal_cdf(x):

@@ -1,6 +1,6 @@
 """What compaction keeps of a row: rules that say in how many bins a head's tokens are kept.
 
-A rule comes from counts of scores (mosaic_top_p_threshold.py), or from the weights of scores with noise
+A rule comes from counts of scores (mosaic_top_p_threshold.py), or from those of debiased logits
 (mosaic_certified_threshold.py). The latter may keep a token in more bins than others, by its own deviation; few heads
 have such tokens, which are looked for only where a head's largest scales ask for it.
 """
