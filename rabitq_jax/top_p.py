@@ -16,6 +16,10 @@ from rabitq_jax._dispatch import select
 from rabitq_jax.token_list import list_tokens_reference
 
 
+# Scores that differ by less of themselves, or less than this where they are below 1, are tied.
+ROUNDING = 2.0**-19
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selection:
@@ -54,7 +58,10 @@ def select_reference(scores, exact_lse, quantized, length, *, sink: int, top_p: 
 
     threshold = jnp.take_along_axis(ordered, jnp.maximum(n_keep - 1, 0), axis=-1)
     threshold = jnp.where(n_keep == 0, jnp.inf, threshold)
-    above, tied = z > threshold, (z == threshold) & (n_keep > 0)
+    # XLA may reckon a score twice, for the sort and for this comparison, and round it otherwise.
+    slack = jnp.where(jnp.isfinite(threshold), ROUNDING * jnp.maximum(jnp.abs(threshold), 1.0), 0.0)
+    above = z > threshold + slack
+    tied = (z >= threshold - slack) & ~above & (n_keep > 0)
     room = n_keep - jnp.sum(above, axis=-1, keepdims=True)
     keep = (above | (tied & (jnp.cumsum(tied, axis=-1) <= room))) & is_scored[:, None, None, :]
 

@@ -167,10 +167,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("top_p", [0.3, 0.999])
-@pytest.mark.parametrize("shape,certified,offset,largest", CASES, ids=str)
-def test_selection_in_an_emulator(shape, certified, offset, largest, top_p, monkeypatch):
+@pytest.mark.parametrize("case,top_p", zip(CASES, (0.3, 0.999, 0.999, 0.3), strict=True), ids=str)
+def test_selection_in_an_emulator(case, top_p, monkeypatch):
     """Deviations up to 12 nats; scores above the bins; one pass a block."""
+    shape, certified, offset, largest = case
     emulate(monkeypatch)
     check_selection(
         shape, certified=certified, top_p=top_p, offset=offset, largest=largest, bias=shape.group == 4

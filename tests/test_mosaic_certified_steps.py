@@ -77,7 +77,7 @@ XLA = dict(scores="xla", select="xla", attend="xla")
 RULES = [("debiased", 0.8, 0.7), ("certified", 0.8, 0.7), ("certified", 0.95, 1.5), ("debiased", 1.0, 1.0)]
 
 
-@pytest.mark.parametrize("rule,top_p,size", RULES)
+@pytest.mark.parametrize("rule,top_p,size", RULES[::2])
 def test_step_in_an_emulator(rule, top_p, size, monkeypatch):
     """All of a step outside of jit, the Hopper kernels in the emulator and the portable ones interpreted."""
     config = RaBitQConfig(top_p=top_p, selection=rule, interval=64, sink=4)
@@ -249,8 +249,8 @@ def check_second_round(shape, dtype, jit=lambda run: run):
 
 SECOND_ROUNDS = [
     (Shape(1, 2, 3, 2560, 128), jnp.bfloat16),
-    (Shape(2, 1, 5, 1024, 64), jnp.float32),
-    (Shape(1, 1, 1, 1536, 80), jnp.float16),
+    (Shape(2, 1, 5, 512, 64), jnp.float32),
+    (Shape(1, 1, 1, 512, 80), jnp.float16),
 ]
 
 
