@@ -15,7 +15,6 @@ from pallas_kernels import top_p as top_p_kernel
 from rabitq_jax._dispatch import select
 from rabitq_jax.token_list import list_tokens_reference
 
-
 # Scores that differ by less of themselves, or less than this where they are below 1, are tied.
 ROUNDING = 2.0**-19
 

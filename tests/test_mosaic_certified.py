@@ -167,7 +167,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case,top_p", zip(CASES, (0.3, 0.999, 0.999, 0.3), strict=True), ids=str)
+@pytest.mark.parametrize("case,top_p", list(zip(CASES, (0.3, 0.999, 0.999, 0.3), strict=True)), ids=str)
 def test_selection_in_an_emulator(case, top_p, monkeypatch):
     """Deviations up to 12 nats; scores above the bins; one pass a block."""
     shape, certified, offset, largest = case
