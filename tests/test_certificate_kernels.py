@@ -109,10 +109,9 @@ def test_verified_attention(shape, dtype, tolerance):
         np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-4 * np.abs(y).mean(), err_msg=name)
 
 
-@pytest.mark.parametrize("selection", ["debiased", "certified"])
-def test_step(selection):
+def test_step():
     """A whole step, with and without kernels: the same tokens, output and verification."""
-    base = RaBitQConfig(top_p=0.8, selection=selection, tail="mean", interval=64, sink=4)
+    base = RaBitQConfig(top_p=0.8, selection="certified", tail="mean", interval=64, sink=4)
     shape = SHAPES[1].values[0]
     query, key, value, *_ = noisy_case(shape, seed=7)
     cache = init_layer_cache(shape.batch, shape.tokens, shape.kv_heads, shape.head_dim, base, dtype=jnp.float32)

@@ -98,7 +98,7 @@ def test_samples_are_spread_over_the_scored_tokens(quantized, sink):
     np.testing.assert_allclose(np.diff(position), (quantized - sink) / SAMPLES, atol=1)
 
 
-@pytest.mark.parametrize("deviation", [0.5, 4.0, 20.0])
+@pytest.mark.parametrize("deviation", [0.5, 20.0])
 def test_bins_begin_near_the_largest_score(deviation):
     """The guess from a sample is within a few deviations of the largest of normal scores, in each of 32 heads."""
     batch, kv_heads, tokens = 2, 4, 8192
