@@ -308,12 +308,6 @@ def add_global_pair(at, low, high) -> None:
     ptx(text, [at, low, high], effects=True)
 
 
-def add_global_wide(at, x) -> None:
-    """Add x to a 64-bit word of global memory; atomic."""
-    text = "{ .reg .pred p; .reg .b64 w; setp.ne.s32 p, $1, 0; cvt.u64.u32 w, $1; @p red.global.add.u64 [$0], w; }"
-    ptx(text, [at, x], effects=True)
-
-
 def max_global(at, x) -> None:
     """Raise an unsigned word of global memory to x; atomic."""
     ptx("red.global.max.u32 [$0], $1;", [at, x], effects=True)

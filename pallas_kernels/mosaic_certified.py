@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import mosaic_compact, mosaic_extend, mosaic_score_bins, mosaic_verify
 from pallas_kernels.gathered_attention import attend as attend_in_parts
-from pallas_kernels.mosaic_certified_threshold import LIMITS, Rule
+from pallas_kernels.mosaic_certified_threshold import Rule
 from pallas_kernels.mosaic_top_p import zeros
 
-__all__ = ["LIMITS", "Rule", "attend", "attend_again", "score_and_select", "select_again", "zeros"]
+__all__ = ["Rule", "attend", "attend_again", "score_and_select", "select_again", "zeros"]
 
 
 def score_and_select(

@@ -24,13 +24,13 @@ class Rule:
 
     Attributes:
       top_p: the share; certified: but for a failure rate, or on average.
-      planned: how much of what may be left out the thresholds plan to leave out.
+      left_out: share of the mass that thresholds plan to leave out.
       deviations: confidence in standard deviations.
     """
 
     top_p: float
     certified: bool
-    planned: float
+    left_out: float
     deviations: float
     shared: float
     least_single: float
@@ -38,10 +38,6 @@ class Rule:
     far: float
     prior_tokens: float
     largest_log: float
-
-    @property
-    def left_out(self) -> float:
-        return (1 - self.top_p) * self.planned
 
 
 def find_limits(rule: Rule, lane, state: State, head, base, exact_lse, noise):
@@ -75,7 +71,7 @@ def lower_limits(rule: Rule, lane, state: State, head, limits, known):
     words, above = load_bins(state, head, lane)
     places, counts = words[::2], words[1::2]
     _, upper, _ = bin_masses(lane, places, counts, above, base, from_key(m.load(state.peak(head))[0]))
-    budget = m.multiply_float(attended, rule.planned * (1 - rule.top_p) / rule.top_p)
+    budget = m.multiply_float(attended, rule.left_out / rule.top_p)
     others = m.maximum(m.subtract_float(attended, own), 0.0)
     over_before = m.reciprocal(m.maximum(below, 1e-30))
     level = m.multiply_float(bulk, over_before)

@@ -14,13 +14,13 @@ from rabitq_jax.cache import LayerCache
 from rabitq_jax.certificate import FAR, LARGEST_LOG, PRIOR_TOKENS, Round
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.prepared_query import prepare_query
-from rabitq_jax.thresholds import LEAST_DEVIATION, LEAST_SINGLE, PLANNED, SHARED, confidence
+from rabitq_jax.thresholds import LEAST_DEVIATION, LEAST_SINGLE, SHARED, confidence, left_out
 
 
 def rule_of(config: RaBitQConfig) -> Rule:
     certified = config.selection == "certified"
     return Rule(
-        top_p=config.top_p, certified=certified, planned=PLANNED if certified else 1.0,
+        top_p=config.top_p, certified=certified, left_out=left_out(config.top_p, certified=certified),
         deviations=confidence(config.failure_rate), shared=SHARED, least_single=LEAST_SINGLE,
         least_deviation=LEAST_DEVIATION, far=FAR, prior_tokens=PRIOR_TOKENS, largest_log=LARGEST_LOG,
     )  # fmt: skip

@@ -138,7 +138,7 @@ def confidence(failure_rate: float) -> float:
 
 
 def left_out(top_p: float, *, certified: bool) -> float:
-    """Share of the mass that the first thresholds plan to leave out."""
+    """Share of the mass that thresholds plan to leave out."""
     return (1 - top_p) * (PLANNED if certified else 1.0)
 
 
@@ -288,7 +288,7 @@ def extended_thresholds(
       short: bool [B,K,G]; the other heads' thresholds stay.
     """
     k = first.deviations
-    budget = PLANNED * (1 - top_p) / top_p * known.attended
+    budget = left_out(top_p, certified=True) / top_p * known.attended
     others = jnp.maximum(known.attended - known.own, 0)
     before = jnp.maximum(below, 1e-30)
     bulk, new = find(budget + others, known.bulk / before, k)

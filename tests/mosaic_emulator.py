@@ -221,11 +221,6 @@ class Emulator:
         np.add.at(at.memory, at.word[wanted], low[wanted])
         np.add.at(at.memory, at.word[wanted] + 1, high[wanted])
 
-    def add_global_wide(self, at, x):
-        wanted = self.mask & (x != 0)
-        assert np.all(at.word[wanted] % 2 == 0)
-        np.add.at(at.memory.view(np.uint64), at.word[wanted] // 2, x[wanted].astype(np.uint64))
-
     def max_global(self, at, x):
         np.maximum.at(at.memory, at.word[self.mask], x[self.mask])
 
