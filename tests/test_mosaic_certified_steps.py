@@ -166,9 +166,9 @@ def test_bins_answer_as_scores_do_in_an_emulator(monkeypatch):
         np.testing.assert_allclose(low * np.exp(mass.peak - want_mass.peak), want_low, rtol=0.3)
 
 
-def first_round(shape, config, rows=True):
+def first_round(shape, config, rows=True, stretch=1.0):
     """A first round, in some kv heads by the limits of a lower p, which are not enough: estimates, limits, lists, and
-    what follows."""
+    what follows. With a stretch of the queries, exact logits are larger than estimates say."""
     query, cache = case(shape, config, size=0.7)
     arguments = config, shape.head_dim**-0.5, jax.random.key(0), 0
     bins = NoisyBins(query, cache, *arguments)
@@ -177,15 +177,16 @@ def first_round(shape, config, rows=True):
     pick = lambda low, high: jnp.where(rows.reshape(*rows.shape, *(1,) * (high.ndim - 2)), low, high)  # noqa: E731
     limits = pick(low.limits(), bins.limits())
     lists = tuple(map(pick, low.keep(None)[:2], bins.keep(None)[:2]))
+    bins._query = (stretch * query).astype(query.dtype)
     return bins, limits, lists, bins.attend((*lists, None), limits)
 
 
-@pytest.mark.parametrize("is_short", [False, True])
-def test_what_follows_from_sums_in_an_emulator(is_short, monkeypatch):
+@pytest.mark.parametrize("is_short,stretch", [(False, 1.0), (True, 1.6)])
+def test_what_follows_from_sums_in_an_emulator(is_short, stretch, monkeypatch):
     """The kernel's certificates, and limits of a second round, are those of certificate.py and thresholds.py."""
     emulate(monkeypatch)
     config = RaBitQConfig(top_p=0.9, selection="certified", interval=64, sink=4)
-    bins, first, lists, found = first_round(Shape(1, 2, 3, 1024, 128), config, is_short)
+    bins, first, lists, found = first_round(Shape(1, 2, 3, 1024, 128), config, is_short, stretch)
     *_, sums = mosaic_certified.attend(
         bins._query, bins._cache.keys, bins._cache.values, *lists, None, bins._bins, bins._scale, bins._cache.quantized,
         first, jax.new_ref(0 * bins._state[...]), softmax_scale=128**-0.5, sink=config.sink, rule=bins._rule,
@@ -206,6 +207,13 @@ def test_what_follows_from_sums_in_an_emulator(is_short, monkeypatch):
     lower, below = extended_thresholds(
         limits.find_bulk, mass, thresholds, limits.below, want, short, top_p=config.top_p
     )  # fmt: skip
+    if is_short:
+        # The level that was verified decides how much lower.
+        ignored = dataclasses.replace(want, bulk=0 * want.bulk)
+        other, _ = extended_thresholds(
+            limits.find_bulk, mass, thresholds, limits.below, ignored, short, top_p=config.top_p
+        )  # fmt: skip
+        assert np.mean(other.bulk > lower.bulk) > 0.5
     np.testing.assert_allclose(got.thresholds.bulk, lower.bulk, rtol=1e-5)
     np.testing.assert_allclose(got.thresholds.single, lower.single, rtol=1e-5)
     np.testing.assert_allclose(got.below, below, rtol=1e-3)
