@@ -1,8 +1,11 @@
 """Caches in which a stated share of the tokens is worth attending.
 
-Random keys give flat attention. So some tokens are heavy: each points along one query of its group, far enough that a
-query's heavy tokens together hold `HEAVY_MASS` of its attention. How many are planted follows from what is then kept:
-Top-p goes by estimates, stops before the last heavy token, and takes the union over a group.
+Random keys give flat attention. So something is planted, of either kind; how much follows from what is then kept: Top-p
+goes by estimates, and takes the union over a group.
+
+cliff     some tokens are heavy: each points along one query of its group, far enough that a query's heavy tokens
+          together hold `HEAVY_MASS` of its attention. All others are worth next to nothing.
+spread    every token points along every query of its group, by a normal random amount: logits fall off smoothly.
 """
 
 import dataclasses
@@ -25,6 +28,8 @@ KEY_DEVIATION = 0.5
 # Planted for each query at the least: one without a heavy token keeps nearly all of them.
 LEAST_HEAVY = 16
 ROUNDS = 5
+# Deviations of spread logits in nats, and how often the range between them is halved.
+DEVIATIONS, HALVINGS = (0.5, 10.0), 10
 ROUNDING_KEY = 7
 
 
@@ -52,12 +57,36 @@ def planted_keys(prng_key: jax.Array, query: jax.Array, heavy: jax.Array, tokens
     return noise + jnp.where(is_heavy[..., None], jnp.take_along_axis(along, head[..., None], axis=2), 0)
 
 
-@functools.partial(jax.jit, static_argnames=("tokens", "config"))
-def _fill(prng_key, query, heavy, length, *, tokens: int, config: RaBitQConfig | None) -> LayerCache:
-    """A layer's cache with planted keys, random values, and codes if there is a config."""
+def spread_keys(prng_key: jax.Array, query: jax.Array, deviation: jax.Array, tokens: int) -> jax.Array:
+    """Keys whose logits deviate by so many nats for every query.
+
+    Args:
+      query: [B,K,G,D].
+      deviation: float32 [B].
+      tokens: T.
+
+    Returns:
+      bfloat16 [B,K,T,D].
+    """
+    batch, kv_heads, group, head_dim = query.shape
+    noise_key, amount_key = jax.random.split(prng_key)
+    noise = KEY_DEVIATION * jax.random.normal(noise_key, (batch, kv_heads, tokens, head_dim), jnp.bfloat16)
+    wide = query.astype(jnp.float32)
+    one_nat = wide * head_dim**0.5 / jnp.sum(wide * wide, axis=-1, keepdims=True)
+    along = (deviation[:, None, None, None] * one_nat).astype(jnp.bfloat16)
+    amount = jax.random.normal(amount_key, (batch, kv_heads, tokens, group), jnp.bfloat16)
+    return noise + jnp.einsum("bktg,bkgd->bktd", amount, along)
+
+
+@functools.partial(jax.jit, static_argnames=("tokens", "config", "make_keys"))
+def _fill(
+    prng_key, query, amount, length, *, tokens: int, config: RaBitQConfig | None, make_keys=planted_keys
+) -> LayerCache:
+    """A layer's cache with keys `make_keys(key, query, amount, tokens)`, random values, and codes if there is a
+    config."""
     batch, kv_heads, _, head_dim = query.shape
     key_key, value_key = jax.random.split(prng_key)
-    keys = planted_keys(key_key, query, heavy, tokens)
+    keys = make_keys(key_key, query, amount, tokens)
     values = jax.random.normal(value_key, keys.shape, keys.dtype)
     empty = init_layer_cache(batch, tokens, kv_heads, head_dim, None)
     layer = dataclasses.replace(empty, keys=keys, values=values, length=length)
@@ -116,13 +145,31 @@ def planted_cache(
     return _fill(prng_key, query, heavy, length, tokens=tokens, config=config)
 
 
+def spread_cache(
+    prng_key: jax.Array, query: jax.Array, share: jax.Array, length: jax.Array, *, tokens: int, config: RaBitQConfig
+) -> LayerCache:
+    """As `planted_cache`, with spread logits."""
+    fill = functools.partial(
+        _fill, prng_key, query, length=length, tokens=tokens, config=config, make_keys=spread_keys
+    )  # fmt: skip
+    low, high = (jnp.full(length.shape, deviation) for deviation in DEVIATIONS)
+    for _ in range(HALVINGS):
+        deviation = jnp.sqrt(low * high)
+        kept = jnp.mean(select(query, fill(amount=deviation), config).counts, axis=1)
+        # The sharper the attention, the fewer.
+        are_too_many = kept > share * length
+        low, high = jnp.where(are_too_many, deviation, low), jnp.where(are_too_many, high, deviation)
+    return fill(amount=jnp.sqrt(low * high))
+
+
 def planted_case(case: Case, config: RaBitQConfig) -> tuple[jax.Array, LayerCache]:
     """Queries, bfloat16 [B,K,G,D], and the cache that is planted for them."""
     shape = case.shape
     query_key, cache_key = jax.random.split(jax.random.key(0))
     query = jax.random.normal(query_key, (shape.batch, shape.kv_heads, shape.group, shape.head_dim), jnp.bfloat16)
     share, length = jnp.array(case.shares, jnp.float32), jnp.array(case.lengths, jnp.int32)
-    return query, planted_cache(cache_key, query, share, length, tokens=shape.tokens, config=config)
+    plant = spread_cache if case.spread else planted_cache
+    return query, plant(cache_key, query, share, length, tokens=shape.tokens, config=config)
 
 
 @jax.jit

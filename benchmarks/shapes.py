@@ -43,19 +43,24 @@ class Case:
     Attributes:
       lengths: tokens held by each sequence.
       shares: share of its tokens that each sequence is to keep.
+      spread: logits fall off smoothly, and do not end at a cliff; see planting.py.
     """
 
     name: str
     shape: Shape
     lengths: tuple[int, ...]
     shares: tuple[float, ...]
+    spread: bool = False
 
 
-def make_case(shape: Shape, *, name: str = "", lengths: tuple[int, ...] = (), shares: tuple[float, ...] = ()) -> Case:
+def make_case(
+    shape: Shape, *, name: str = "", lengths: tuple[int, ...] = (), shares: tuple[float, ...] = (), spread: bool = False
+) -> Case:
     """A case named as its shape, of full sequences that keep `KEPT`, but for what is given; `ROOM` is left in each."""
     full = shape.tokens - ROOM
     lengths = tuple(min(length, full) for length in lengths or (full,) * shape.batch)
-    return Case(name=name or str(shape), shape=shape, lengths=lengths, shares=shares or (KEPT,) * shape.batch)
+    shares = shares or (KEPT,) * shape.batch
+    return Case(name=name or str(shape), shape=shape, lengths=lengths, shares=shares, spread=spread)
 
 
 LLAMA_BATCH = Shape(8, 8, 4, 131072, 128)
@@ -73,6 +78,10 @@ SUITES = {
     "uneven": (
         make_case(LLAMA_BATCH, name="kept 0.1 % to 40 %", shares=UNEVEN),
         make_case(LLAMA_BATCH, name="as many, kept evenly", shares=(sum(UNEVEN) / len(UNEVEN),) * len(UNEVEN)),
+    ),
+    "spread": tuple(
+        make_case(Shape(batch, 8, 4, 131072, 128), name=f"{batch} x 128K, logits spread", spread=True)
+        for batch in (1, 8)
     ),
     "groups": tuple(make_case(Shape(1, 8, group, 131072, 128)) for group in (1, 2, 3, 5, 7, 8, 16)),
     "head_dims": tuple(make_case(Shape(1, 8, 4, 131072, head_dim)) for head_dim in (64, 96, 256)),

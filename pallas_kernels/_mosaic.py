@@ -257,6 +257,22 @@ def store_shared(at, values, *, offset: int = 0) -> None:
     ptx(f"st.shared{vector}.b32 [$0+{offset}], {_operands(1, len(values))};", [at, *values], effects=True)
 
 
+def copy(at_shared, at, *, words: int, shared_offset: int = 0, offset: int = 0) -> None:
+    """Begin to copy `words` (1 or 4) neighbouring words from global to shared memory; offsets in bytes."""
+    text = f"cp.async.ca.shared.global [$0+{shared_offset}], [$1+{offset}], {4 * words};"
+    ptx(text, [at_shared, at], effects=True)
+
+
+def end_copies() -> None:
+    """The copies begun since the last call are a group."""
+    ptx("cp.async.commit_group;", [], effects=True)
+
+
+def wait_copies(groups: int) -> None:
+    """Wait for this thread's own copies, but for its last so many groups."""
+    ptx(f"cp.async.wait_group {groups};", [], effects=True)
+
+
 def shuffle_xor(x, lanes: int) -> ir.Value:
     """The value of the lane whose number differs by `lanes` in binary, exclusive or."""
     return _shuffle("bfly", x, lanes, 0x1F)
@@ -321,11 +337,37 @@ def binary_product(a, b, c) -> list[ir.Value]:
     return ptx(text, [*a, b, *c], "rrrr")
 
 
+def matrix_product(dtype: str, a, b, c) -> list[ir.Value]:
+    """mma.m16n8k16: c + a b, from a lane's fragments a (4 words), b (2 words), c (4 f32) of bfloat16 or float16."""
+    kind = {"bfloat16": "bf16", "float16": "f16"}[dtype]
+    text = (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    return ptx(text, [*a, *b, *c], "ffff")
+
+
+def pack_pair(dtype: str, low, high) -> ir.Value:
+    """Two f32 rounded to bfloat16 or float16, in a word."""
+    kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
+    return ptx(f"cvt.rn.{kind}.f32 $0, $2, $1;", [low, high], "r")[0]
+
+
+def low_halves(a, b) -> ir.Value:
+    """The lower halves of two words, that of a lowest."""
+    return ptx("prmt.b32 $0, $1, $2, 0x5410;", [a, b], "r")[0]
+
+
+def high_halves(a, b) -> ir.Value:
+    """The upper halves of two words, that of a lowest."""
+    return ptx("prmt.b32 $0, $1, $2, 0x7632;", [a, b], "r")[0]
+
+
 def pack_bytes(words) -> ir.Value:
     """The lowest bytes of four words, first lowest."""
     low = ptx("prmt.b32 $0, $1, $2, 0x0040;", words[:2], "r")[0]
     high = ptx("prmt.b32 $0, $1, $2, 0x0040;", words[2:], "r")[0]
-    return ptx("prmt.b32 $0, $1, $2, 0x5410;", [low, high], "r")[0]
+    return low_halves(low, high)
 
 
 def majority(a, b, c) -> ir.Value:
@@ -416,7 +458,7 @@ def update(condition, carried, body) -> list[ir.Value]:
 
 def loop(count, carried, body) -> list[ir.Value]:
     """carried = body(i, carried) for i in 0 .. count - 1; carried is a list. Where threads differ in count, `body` must
-    leave what it carries as it is from there on, and not wait for other threads."""
+    not wait for other threads."""
     operation = scf.ForOp(value(0), value(count), value(1), list(carried))
     with ir.InsertionPoint(operation.body):
         scf.yield_(list(body(operation.induction_variable, list(operation.inner_iter_args))))

@@ -207,7 +207,7 @@ class Work:
     @classmethod
     def split(cls, lists: int, tokens: int, *, tile: int, programs: int) -> "Work":
         """Lists of up to so many tokens."""
-        programs = min(programs, lists * (tokens // tile))
+        programs = min(programs, lists * pl.cdiv(tokens, tile))
         return cls(tile=tile, programs=programs, parts=programs + lists)
 
     @property

@@ -47,15 +47,15 @@ def word_of(row, token, head, group: int, tokens: int):
 
 def state_words(heads: int, blocks: int) -> int:
     """Words of a kv head's state; see `State`."""
-    return -(-(heads * (3 * BINS + 3) + 2 + blocks) // 256) * 256
+    return -(-(heads * (3 * BINS + 1) + 3 + blocks) // 256) * 256
 
 
 class State:
     """Where a row's numbers lie in the state.
 
     bins [H,256,2]: sums of places, and counts; above [H,256]: 256 times as many tokens as are surely i to i + 1 bins
-    above base; peaks [H], as unsigned numbers in the order of the f32; the bits of the largest scale [1]; tickets
-    [2 H], of `mosaic_verify` and of `mosaic_extend`, and whether a head is short [1]; blocks [N], for `mosaic_compact`.
+    above base; peaks [H], as unsigned numbers in the order of the f32; the bits of the largest scale [1]; whether a
+    head is short [1], of `mosaic_verify`; tickets [1], of `mosaic_extend`; blocks [N], for `mosaic_compact`.
     """
 
     def __init__(self, ref, row, heads: int, words: int):
@@ -74,14 +74,14 @@ class State:
     def largest_scale(self):
         return m.address(self._ref, m.add(self._start, self._heads * (3 * BINS + 1)))
 
-    def ticket(self, index):
-        return m.address(self._ref, m.add(self._start, m.add(index, self._heads * (3 * BINS + 1) + 1)))
-
     def short(self):
-        return m.address(self._ref, m.add(self._start, self._heads * (3 * BINS + 3) + 1))
+        return m.address(self._ref, m.add(self._start, self._heads * (3 * BINS + 1) + 1))
+
+    def ticket(self):
+        return m.address(self._ref, m.add(self._start, self._heads * (3 * BINS + 1) + 2))
 
     def block(self, index):
-        return m.address(self._ref, m.add(self._start, m.add(index, self._heads * (3 * BINS + 3) + 2)))
+        return m.address(self._ref, m.add(self._start, m.add(index, self._heads * (3 * BINS + 1) + 3)))
 
 
 def counts_and_peaks(state, heads: int):

@@ -2,16 +2,15 @@
 
 score_bins           codes and bit planes -> one byte a score, counts of bins
 compact              counts -> limits; bytes -> the list of tokens
-gathered_attention   exact attention in parts, and the listed tokens' logits
-verify               parts -> outputs; logits -> certificates, limits of a second round
+gathered_attention   exact attention in parts, and sums over what each query head found
+verify               parts -> outputs; sums -> certificates, limits of a second round
 extend               kv heads of which a query head is short: all of that anew, by lower limits
 """
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_compact, mosaic_extend, mosaic_score_bins, mosaic_verify
-from pallas_kernels.gathered_attention import attend as attend_in_parts
+from pallas_kernels import mosaic_attention, mosaic_compact, mosaic_extend, mosaic_score_bins, mosaic_verify
 from pallas_kernels.mosaic_certified_threshold import Rule
 from pallas_kernels.mosaic_top_p import zeros
 
@@ -29,7 +28,7 @@ def score_and_select(
         `mosaic_top_p.score_and_select`.
 
     Returns:
-      Bins int32 [B,K,T/8,G,2]; indices, counts, limits and records, as `mosaic_compact.compact_noisy` gives them.
+      Bins int32 [B,K,T/8,G,2]; indices, counts and limits, as `mosaic_compact.compact_noisy` gives them.
 
     Raises:
       NotImplementedError: `mosaic_top_p.takes` is False.
@@ -45,17 +44,26 @@ def score_and_select(
 
 
 def attend(
-    query, keys, values, indices, counts, records, bins, scale, quantized, limits, state,
+    query, keys, values, indices, counts, bins, scale, quantized, limits, state,
     *, softmax_scale: float, sink: int, rule: Rule,
 ):  # fmt: skip
-    """Attention over lists: what `mosaic_verify.verify` gives."""
-    _, (*partial, logits) = attend_in_parts(
-        query, keys, values, indices, counts, softmax_scale=softmax_scale, with_logits=True
-    )
-    return mosaic_verify.verify(
-        partial, indices, counts, logits, records, bins, scale, quantized, limits, state,
-        sink=sink, head_dim=query.shape[3], rule=rule,
+    """Attention over lists.
+
+    Returns:
+      What `mosaic_verify.verify` gives, and the parts of `mosaic_attention.attend`.
+
+    Raises:
+      NotImplementedError: `mosaic_attention.takes` is False.
+    """
+    known = mosaic_attention.Known(bins=bins, scale=scale, quantized=quantized, limits=limits, rule=rule, sink=sink)
+    _, partial = mosaic_attention.attend(
+        query, keys, values, indices, counts, softmax_scale=softmax_scale, known=known
     )  # fmt: skip
+    verified = mosaic_verify.verify(
+        partial, counts, scale, quantized, limits, state,
+        group=query.shape[2], head_dim=query.shape[3], sink=sink, rule=rule,
+    )  # fmt: skip
+    return *verified, partial
 
 
 def attend_again(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
 from pallas_kernels import mosaic_certified_threshold as certified
-from pallas_kernels.mosaic_bins import HEADS, State, state_words, word_of
+from pallas_kernels.mosaic_bins import State, state_words
 from pallas_kernels.mosaic_rules import (
     LANE_TOKENS,
     LIMITS,
@@ -38,9 +38,6 @@ BLOCKS, LARGEST_PASSES = 640, 6
 # A rule that looks at deviations takes more registers: fewer blocks fit.
 NOISY_BLOCKS, LARGEST_NOISY_PASSES = 512, 8
 GIVEN_PASSES = 2
-# Bytes of bins; listed tokens that a thread records at a time.
-LARGEST_NOT_RECORDED = 8 << 20
-RECORDED_AT_ONCE = 4
 
 
 def passes_of(rows: int, tokens: int, *, noisy: bool = False) -> int:
@@ -83,21 +80,11 @@ def compact_noisy(
       Others: as of `compact`, of scores with noise.
 
     Returns:
-      indices and counts, as `compact`; limits float32 [B,K,H,LIMITS] of `mosaic_certified_threshold`; and records int32
-      [B,K,T,1 + H/4] of the listed tokens, in the list's order: the bits of the scale, and the bins of 4 heads in each
-      word; None where bins are few enough to be read again where they are.
+      indices and counts, as `compact`; and limits float32 [B,K,H,LIMITS] of `mosaic_certified_threshold`.
     """
     rules, inputs = Weights(rule=rule, group=bins.shape[3]), (base, exact_lse, noise, scale)
     reports = ((jnp.float32, (LIMITS,)),)
-    chosen = _call(
-        rules, inputs, bins, base.shape[2], state, quantized, length, reports, sink=sink, recorded=is_recorded(bins)
-    )
-    return chosen if is_recorded(bins) else (*chosen, None)
-
-
-def is_recorded(bins) -> bool:
-    """Whether bins take so much room that the L2 does not hold them until attention is done."""
-    return bins.size * 4 > LARGEST_NOT_RECORDED
+    return _call(rules, inputs, bins, base.shape[2], state, quantized, length, reports, sink=sink)
 
 
 def compact_given(bins, limits, scale, state, quantized, length, *, sink: int, deviations: float):
@@ -122,8 +109,7 @@ def given_state_words(tokens: int) -> int:
 
 
 def _call(
-    rule: Rule, inputs, bins, heads: int, state, quantized, length, reports, *, sink: int, passes=None,
-    recorded: bool = False,
+    rule: Rule, inputs, bins, heads: int, state, quantized, length, reports, *, sink: int, passes=None
 ):  # fmt: skip
     batch, kv_heads, octets, group, _ = bins.shape
     rows, tokens = batch * kv_heads, 8 * octets
@@ -131,7 +117,6 @@ def _call(
     sizes = _Sizes(
         kv_heads=kv_heads, group=group, heads=heads, tokens=tokens, passes=passes,
         blocks=-(-tokens // (PASS_TOKENS * passes)), state_words=state.shape[-1], sink=sink, rule=rule,
-        recorded=recorded,
     )  # fmt: skip
     return m.call(
         functools.partial(_kernel, sizes),
@@ -140,7 +125,6 @@ def _call(
             jax.ShapeDtypeStruct((batch, kv_heads, tokens), jnp.int32),
             jax.ShapeDtypeStruct((batch, kv_heads), jnp.int32),
             *(jax.ShapeDtypeStruct((batch, kv_heads, heads, *shape), dtype) for dtype, shape in reports),
-            *[jax.ShapeDtypeStruct((batch, kv_heads, tokens, 1 + heads // HEADS), jnp.int32)] * recorded,
         ),
         blocks=rows * sizes.blocks,
         shared_words=sizes.rule_words + (m.WARPGROUP + 4) * sizes.passes + 4,
@@ -158,7 +142,6 @@ class _Sizes:
     state_words: int
     sink: int
     rule: Rule
-    recorded: bool
 
     @property
     def block_tokens(self) -> int:
@@ -197,9 +180,6 @@ def _kernel(sizes: _Sizes, bins, *refs):
             m.store_ones(m.address(indices, m.add(first, at)), mask, _token(start, i))
         last = m.both(m.less(m.thread_index(), 1), m.not_less(m.add(start, sizes.block_tokens), length))
         m.when(last, lambda: m.store(m.address(counts, row), [m.add(before, total)]))
-        if sizes.recorded:
-            m.barrier()
-            _record(sizes, bins, inputs[-1], indices, first, row, before, total, reports[-1])
 
     # The first block of an empty row says that it is empty.
     m.when(m.either(m.less(start, length), m.less(block, 1)), run)
@@ -295,38 +275,3 @@ def _store_place(sizes: _Sizes, lane, block, state, place_at):
     (mine,) = m.loop(m.right(m.add(block, 31), 5), [m.value(0)], add)
     place = warp_sum(mine, m.add)
     m.when(m.less(lane, 1), lambda: m.store_shared(place_at, [place]))
-
-
-def _record(sizes: _Sizes, bins, scale, indices, first, row, before, total, records):
-    """Write down the scales and bins of the tokens that the block listed, while they are near."""
-
-    def record(i, _):
-        found = []
-        for j in range(RECORDED_AT_ONCE):
-            some = m.add(m.thread_index(), m.multiply(m.add(m.multiply(i, RECORDED_AT_ONCE), j), m.WARPGROUP))
-            place = m.add(first, m.add(before, m.minimum_signed(some, m.subtract(total, 1))))
-            found.append((m.less(some, total), place, m.load_written(m.address(indices, place))[0]))
-        loads = [_load_token(sizes, bins, scale, first, row, token) for *_, token in found]
-        for (is_listed, place, token), (pair, words) in zip(found, loads, strict=True):
-            odd = m.multiply(m.bit_and(m.add(first, token), 1), 16)
-            of_heads = [m.right(word, m.left(m.bit_and(token, 3), 3)) for word in words]
-            packed = [m.pack_bytes(of_heads[h : h + HEADS]) for h in range(0, sizes.heads, HEADS)]
-            at = m.address(records, m.multiply(place, 1 + len(packed)))
-            for k, word in enumerate([m.bit_and(m.right(pair, odd), 0xFFFF), *packed]):
-                m.store(at, [word], offset=4 * k, where=is_listed)
-        return []
-
-    each = RECORDED_AT_ONCE * m.WARPGROUP
-    m.loop(m.divide(m.add(total, each - 1), each), [], record)
-
-
-def _load_token(sizes: _Sizes, bins, scale, first, row, token):
-    """The word of a token's scale, and those of its bins, the last head's repeated for those that are not real."""
-    # Both words of a head, or of two: to ask for fewer bytes of a sector would take as long.
-    at_once = 4 if sizes.group % 2 == 0 else 2
-    octet = m.address(bins, word_of(row, m.bit_and(token, 0xFFFFFFF8), 0, sizes.group, sizes.tokens))
-    words = [w for i in range(0, 2 * sizes.group, at_once) for w in m.load(octet, words=at_once, offset=4 * i)]
-    is_upper = m.not_less(m.bit_and(token, 4), 1)
-    mine = [m.select(is_upper, high, low) for low, high in zip(words[::2], words[1::2], strict=True)]
-    mine += mine[-1:] * (sizes.heads - sizes.group)
-    return m.load(m.address(scale, m.right(m.add(first, token), 1)))[0], mine

@@ -1,7 +1,7 @@
 """What the tokens that a query head found itself, among bins of scores, say of those it did not; for Hopper GPUs.
 
     lane     a token at a time, its terms added to 8 sums
-    warp     8 sums of 32 lanes -> one sum for each 4 lanes, in 9 shuffles
+    quad     8 sums of 4 lanes -> 2 sums each, in 6 shuffles
 
 The terms are those of rabitq_jax/certificate.py. Bins are of z + sd^2 / 2, which is taken to be the middle of its bin;
 thresholds are edges of bins. The normal distribution is 1/2 t e^(p(t) - x^2 / 2) below zero, t = 1 / (1 + |x| /
@@ -17,7 +17,7 @@ from pallas_kernels.mosaic_top_p_threshold import exp
 
 # Sums of a query head: the mass of the listed tokens, that of its own, and missed, variance, information, score,
 # returned and number of `rabitq_jax.certificate.Found`.
-KINDS, TERMS = 8, 6
+KINDS = 8
 POLYNOMIAL = (-1.26632515, 1.01540853, 0.265766302, 0.451911843, -0.688236429, 0.221466357)
 
 
@@ -41,7 +41,7 @@ class Found:
         return exp(m.minimum(m.subtract_float(logit, self.peak), self.rule.largest_log))
 
     def terms(self, logit, bin_, scale, is_found):
-        """Terms of a token that was found: the last `TERMS` of `KINDS`, 0 elsewhere."""
+        """Terms of a token that was found: all but the first two of `KINDS`, 0 elsewhere."""
         rule = self.rule
         zero_unless = lambda condition, x: m.select(condition, x, 0.0)  # noqa: E731
         sd = m.maximum(m.multiply_float(self.noise, scale), rule.least_deviation)
@@ -116,17 +116,15 @@ def _tail(x, log_factor):
     return m.multiply_float(m.multiply_float(t, 0.5), m.exp2(m.fma(log_factor, LOG2_E, log2_rest)))
 
 
-def sum_of_lanes(lane, values):
-    """The warp's sums of its lanes' `KINDS` values: in lanes 4 i .. 4 i + 3, of value i."""
-    for lanes in (16, 8, 4):
-        is_upper = m.not_less(m.bit_and(lane, lanes), 1)
+def sums_of_quads(t, values, *, halves: bool):
+    """The sums of `KINDS` values over lanes 4 g + t of each g, and if asked for over both halves of the warp: in lane t
+    those of values 2 t and 2 t + 1."""
+    for lanes in (2, 1):
+        is_upper = m.not_less(m.bit_and(t, lanes), 1)
         half = len(values) // 2
         # Each lane goes on with half of the sums, and gives the others to the lane that goes on with those.
         values = [
             m.add_float(m.select(is_upper, high, low), m.shuffle_xor(m.select(is_upper, low, high), lanes))
             for low, high in zip(values[:half], values[half:], strict=True)
         ]
-    (value,) = values
-    for lanes in (2, 1):
-        value = m.add_float(value, m.shuffle_xor(value, lanes))
-    return value
+    return [m.add_float(x, m.shuffle_xor(x, 16)) for x in values] if halves else values

@@ -1,15 +1,20 @@
-"""Parts of attention outputs, one warp a query head: rescaled to the largest peak and added up; for Hopper GPUs.
+"""Parts of attention, one warp a query head: outputs rescaled to the largest peak, sums, added up; for Hopper GPUs.
 
 warp     16 or 32 columns at a time: lane = 4 columns of one of 8 or 4 parts at a time; up to 9 parts of each are
          under way at once, so that a usual number of parts takes one round
 """
 
+import functools
+
 from pallas_kernels import _mosaic as m
+from pallas_kernels.mosaic_found import KINDS
 from pallas_kernels.mosaic_top_p_threshold import exp, warp_sum
 
 LANE_COLUMNS, LARGEST_COLUMNS, LARGEST_AT_ONCE = 4, 32, 9
 # Parts of which the peaks are under way at once, 32 of them each.
 PEAKS_AT_ONCE = 4
+# Parts of which the sums are under way at once.
+LARGEST_SUMMED = 96
 LOWEST = -1e30
 
 
@@ -74,13 +79,11 @@ class Parts:
             for j in range(at_once):
                 part = m.add(m.add(first_part, apart * j), m.multiply(i, apart * at_once))
                 is_real, part = m.less(part, self.number), self._within(part)
-                place = m.add(m.multiply(m.add(self.first, part), self.heads), self.head)
-                words = m.load_written(m.address(self.outs, m.add(m.multiply(place, self.columns), mine)), words=4)
-                loads.append((is_real, self._load(self.peaks, part), words))
-            for is_real, peak, words in loads:
+                loads.append((is_real, self._load(self.peaks, part), self._load_columns(part, mine)))
+            for is_real, peak, values in loads:
                 weight = m.select(is_real, exp(m.subtract_float(peak, self.peak)), 0.0)
                 # A part that is not real may hold anything.
-                values = [m.select(is_real, m.as_float(w), 0.0) for w in words]
+                values = [m.select(is_real, x, 0.0) for x in values]
                 sums = [m.fma(weight, x, total) for x, total in zip(values, sums, strict=True)]
             return sums
 
@@ -90,10 +93,61 @@ class Parts:
         while step < 32:
             sums = [m.add_float(x, m.shuffle_xor(x, step)) for x in sums]
             step *= 2
+        self._store_columns(sums, mine, out, word, size, m.less(self.lane, lanes))
+
+    def store_whole(self, out, word, size: int):
+        """All columns of the output, of `size`, to `out` from a word on: by one warp, 32 parts at a time."""
+        each = 32 * LANE_COLUMNS
+        for first_column in range(0, size, each):
+            column = m.add(m.left(self.lane, 2), first_column)
+            sums = self._add_whole(m.minimum_signed(column, self.columns - LANE_COLUMNS))
+            self._store_columns(sums, column, out, word, size, m.less(column, size))
+
+    def _add_whole(self, column):
+        def add(i, sums):
+            mine = m.add(self.lane, m.left(i, 5))
+            peak = self._load(self.peaks, self._within(mine))
+            weight = m.select(m.less(mine, self.number), exp(m.subtract_float(peak, self.peak)), 0.0)
+            loads = [self._load_columns(self._within(m.add(m.left(i, 5), j)), column) for j in range(32)]
+            for j, values in enumerate(loads):
+                one = m.shuffle(weight, j)
+                # What is not real is the last part, and has no weight.
+                sums = [m.fma(one, x, total) for x, total in zip(values, sums, strict=True)]
+            return sums
+
+        return m.loop(m.right(m.add(self.number, 31), 5), [m.value(0.0)] * LANE_COLUMNS, add)
+
+    def _load_columns(self, part, column):
+        place = m.add(m.multiply(m.add(self.first, part), self.heads), self.head)
+        at = m.address(self.outs, m.add(m.multiply(place, self.columns), column))
+        return [m.as_float(w) for w in m.load_written(at, words=LANE_COLUMNS)]
+
+    def _store_columns(self, sums, first_column, out, word, size: int, where):
         # An empty list has no parts, and gives zero.
         over_total = m.select(m.less_float(self.total, 1e-30), 0.0, m.reciprocal(self.total))
-        is_first = m.less(self.lane, lanes)
         for i, x in enumerate(sums):
-            column = m.add(mine, i)
+            column = m.add(first_column, i)
             at = m.address(out, m.add(word, column))
-            m.store(at, [m.as_int(m.multiply_float(x, over_total))], where=m.both(is_first, m.less(column, size)))
+            m.store(at, [m.as_int(m.multiply_float(x, over_total))], where=m.both(where, m.less(column, size)))
+
+
+def sum_of_parts(lane, sums, heads: int, head, first, number, usual: int):
+    """A head's sums of so many parts from place `first` on, of [N,H,KINDS]: `KINDS` f32, the same in all lanes. Lane
+    8 i + kind adds up every fourth part; `usual` a number of parts that takes little time."""
+    kind, some = m.bit_and(lane, KINDS - 1), m.right(lane, 3)
+    at_once = -(-min(usual, LARGEST_SUMMED) // 4)
+
+    def add(i, carried):
+        loads = []
+        for j in range(at_once):
+            part = m.add(some, m.multiply(m.add(m.multiply(i, at_once), j), 4))
+            place = m.add(first, m.maximum_signed(m.minimum_signed(part, m.subtract(number, 1)), 0))
+            place = m.add(m.multiply(place, heads), head)
+            loads.append((part, m.load_written(m.address(sums, m.add(m.multiply(place, KINDS), kind)))[0]))
+        mine = [m.select(m.less(part, number), m.as_float(word), 0.0) for part, word in loads]
+        return [functools.reduce(m.add_float, mine, carried[0])]
+
+    (mine,) = m.loop(m.divide(m.add(number, 4 * at_once - 1), 4 * at_once), [m.value(0.0)], add)
+    for lanes in (8, 16):
+        mine = m.add_float(mine, m.shuffle_xor(mine, lanes))
+    return [m.shuffle(mine, kind) for kind in range(KINDS)]

@@ -1,9 +1,13 @@
-"""Exact attention of 4 query heads by each warp of a block, over a list of tokens in shared memory; for Hopper GPUs.
+"""Exact attention of all query heads of a kv head by each warp of a block, on the tensor core; for Hopper GPUs.
 
-warp      32 tokens of the list at a time
-          lane = token     exact logits, weights, terms of what was found (mosaic_found.py)
-          lane = columns   values, one token after the other
-block     the parts of its warps, added up by a warp for each query head
+warp      16 places of a list of tokens at a time; lane 4 g + t, of each eight heads (there are one or two),
+          queries x keys      8 dims t, t + 4, ... of query g and of keys g, g + 8: keys are read in whole sectors
+          softmax             head g, places 2 t, 2 t + 1, 2 t + 8, 2 t + 9
+          weights x values    head g, of every 64 columns 16 t .. 16 t + 15
+          terms               of what was found (mosaic_found.py), as the softmax; up to four heads take half a warp,
+                              so that its other half has half of the places
+          What a lane reads is copied to its own words of shared memory, some tiles ahead.
+block     the parts of its warps, added up by a warp for a head
 """
 
 import dataclasses
@@ -13,353 +17,425 @@ from typing import Any
 from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import HEADS, word_of
 from pallas_kernels.mosaic_certificate import scale_of
-from pallas_kernels.mosaic_certified_threshold import LIMITS, Rule
-from pallas_kernels.mosaic_found import KINDS, Found, byte_of, sum_of_lanes
+from pallas_kernels.mosaic_certified_threshold import Rule
+from pallas_kernels.mosaic_found import KINDS, Found, byte_of, sums_of_quads
 from pallas_kernels.mosaic_parts import LOWEST
-from pallas_kernels.mosaic_rules import LANE_TOKENS, Given, load_limits
-from pallas_kernels.mosaic_top_p_threshold import exp, warp_sum
+from pallas_kernels.mosaic_rules import load_limits
+from pallas_kernels.mosaic_top_p_threshold import exp
 
-LANES, WARPS = 32, 4
-CHUNK = LANE_TOKENS * m.WARPGROUP
-# Tokens whose values are under way at once; words of a key that are multiplied without a loop.
-VALUES_AT_ONCE, KEY_WORDS = 8, 64
+WARPS, PLACES, OCTET, LANES = 4, 16, 8, 32
+# Tiles that are in shared memory: one that is worked on, and one that is under way. With three, too little is left for
+# the L1, through which copies of 16 bytes become those of whole lines.
+STAGES = 2
+# Numbers of a load; of one token, the four lanes with one g have four loads at a time, the eight with one t eight.
+CHUNK = 8
+COLUMNS = 8 * CHUNK
+LARGEST_GROUP, LARGEST_COLUMNS = 16, 256
 
 
-def _unpack(dtype: str, word):
-    """The numbers of a word, as f32."""
-    if dtype == "float32":
-        return (m.as_float(word),)
-    return (m.bfloat16_pair if dtype == "bfloat16" else m.float16_pair)(word)
+def takes(group: int, head_dim: int, dtype: str) -> bool:
+    """Whether a warp has the registers for so many query heads of so many dims."""
+    octets = -(-group // OCTET)
+    return (
+        dtype in ("bfloat16", "float16")
+        and head_dim % CHUNK == 0
+        and group <= LARGEST_GROUP
+        and octets * head_dim <= LARGEST_COLUMNS
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """columns: of an output, D and what is missing to a multiple of `LARGEST_COLUMNS`; words: of a key or value."""
+    """Of R rows of query heads [R,G,D] and of keys and values [R,T,D]. `rule` is None where no sums are made."""
 
     kv_heads: int
     rows: int
     group: int
-    groups: int
     tokens: int
     head_dim: int
-    columns: int
-    words: int
     dtype: str
-    query_dtype: str
-    blocks: int
-    state_words: int
-    sink: int
     softmax_scale: float
-    rule: Rule
+    sink: int
+    rule: Rule | None
 
     @property
     def heads(self) -> int:
-        return HEADS * self.groups
+        return -(-self.group // HEADS) * HEADS
 
     @property
-    def given(self) -> Given:
-        return Given(deviations=self.rule.deviations, group=self.group)
+    def octets(self) -> int:
+        return -(-self.group // OCTET)
 
     @property
-    def lane_words(self) -> int:
-        """Words of a value that a lane adds up."""
-        return -(-self.words // LANES)
+    def chunks(self) -> int:
+        return self.head_dim // CHUNK
 
     @property
-    def each(self) -> int:
-        """Numbers of a word."""
-        return self.head_dim // self.words
+    def columns(self) -> int:
+        """Of an output: D, and what is missing to a multiple of 64."""
+        return -(-self.head_dim // COLUMNS) * COLUMNS
 
     @property
-    def is_vector(self) -> bool:
-        """Whether a lane's words are neighbours."""
-        return self.words % LANES == 0 and self.lane_words in (1, 2, 4)
-
-    # Places in shared memory, in words: queries [C,4], limits [4,LIMITS], a list, weights of each warp [32,4], the
-    # rule's words [WORDS,H], tokens of each warp, a ticket, and parts of the warps: sums, peaks and totals, outputs.
-    @property
-    def limits_at(self) -> int:
-        return HEADS * self.columns
+    def kinds(self) -> int:
+        return KINDS if self.rule else 0
 
     @property
-    def list_at(self) -> int:
-        return self.limits_at + HEADS * LIMITS
+    def term_heads(self) -> int:
+        """Heads of which a lane has terms."""
+        return self.octets if self.rule else 0
 
     @property
-    def weights_at(self) -> int:
-        return self.list_at + CHUNK
+    def term_places(self) -> int:
+        """Places of a tile of which it has them."""
+        return 2 if self.group <= HEADS else 4
+
+    # A tile in shared memory: words of keys, values and what else is known of its tokens, [.., 32] each.
+    @property
+    def values_at(self) -> int:
+        return 2 * LANES * 4 * -(-self.chunks // 4)
 
     @property
-    def rule_at(self) -> int:
-        return self.weights_at + WARPS * LANES * HEADS
+    def known_at(self) -> int:
+        return self.values_at + 4 * LANES * 4 * (self.columns // COLUMNS)
 
     @property
-    def totals_at(self) -> int:
-        return self.rule_at + Given.WORDS * self.heads
+    def tile_words(self) -> int:
+        return self.known_at + 2 * LANES * self.term_places * self.term_heads
 
-    @property
-    def ticket_at(self) -> int:
-        return self.totals_at + WARPS
-
+    # A warp's part, in the place of its tiles: peaks and totals [H,2], sums [H,KINDS], outputs [H,C].
     @property
     def sums_at(self) -> int:
-        return self.ticket_at + 4
-
-    @property
-    def peaks_at(self) -> int:
-        return self.sums_at + WARPS * HEADS * KINDS
+        return 2 * self.heads
 
     @property
     def outs_at(self) -> int:
-        return self.peaks_at + 2 * WARPS * HEADS
+        return self.sums_at + self.heads * self.kinds
+
+    @property
+    def warp_words(self) -> int:
+        return max(STAGES * self.tile_words, self.outs_at + self.heads * self.columns)
 
     @property
     def shared_words(self) -> int:
-        return self.outs_at + WARPS * HEADS * self.columns
+        return WARPS * self.warp_words
 
 
-class Progress:
-    """What a warp has of 4 query heads: peaks; totals of each lane; this lane's columns, and its sums."""
+@dataclasses.dataclass
+class _Eight:
+    """What a warp has of eight query heads: their peaks, and of this lane totals, columns and sums."""
 
-    def __init__(self, sizes: Sizes, flat):
-        self.sizes = sizes
-        self.peaks, self.totals, rest = flat[:HEADS], flat[HEADS : 2 * HEADS], flat[2 * HEADS :]
-        self.columns, rest = rest[: -HEADS * KINDS], rest[-HEADS * KINDS :]
-        self.sums = [rest[KINDS * h : KINDS * (h + 1)] for h in range(HEADS)]
+    peak: Any
+    total: Any
+    columns: list
+    sums: list
 
     @classmethod
-    def start(cls, sizes: Sizes) -> "Progress":
-        zeros = HEADS * (1 + sizes.lane_words * sizes.each + KINDS)
-        return cls(sizes, [m.value(LOWEST)] * HEADS + [m.value(0.0)] * zeros)
+    def size(cls, sizes: Sizes) -> int:
+        return 2 + sizes.columns // 4 + sizes.kinds
+
+    @classmethod
+    def of(cls, sizes: Sizes, flat) -> "_Eight":
+        peak, total, *rest = flat
+        return cls(peak, total, rest[: sizes.columns // 4], rest[sizes.columns // 4 :])
 
     @property
     def flat(self):
-        return [*self.peaks, *self.totals, *self.columns, *(x for sums in self.sums for x in sums)]
+        return [self.peak, self.total, *self.columns, *self.sums]
 
-    def raise_peak(self, h: int, highest, logit, is_listed):
-        """A head's peak and all that is in its units; returns the weight of each lane's token, which it adds."""
-        peak = m.maximum(self.peaks[h], highest)
-        decay = exp(m.subtract_float(self.peaks[h], peak))
-        weight = m.select(is_listed, exp(m.subtract_float(logit, peak)), 0.0)
-        self.peaks[h], self.totals[h] = peak, m.fma(self.totals[h], decay, weight)
-        size = self.sizes.lane_words * self.sizes.each
-        for i in range(size * h, size * (h + 1)):
-            self.columns[i] = m.multiply_float(self.columns[i], decay)
-        return weight
-
-    def add_terms(self, h: int, terms):
-        self.sums[h] = [m.add_float(x, y) for x, y in zip(self.sums[h], terms, strict=True)]
-
-    def of_words(self, h: int):
-        """A head's numbers of each word."""
-        each = self.sizes.each
-        first = self.sizes.lane_words * h
-        return [self.columns[each * (first + i) : each * (first + i + 1)] for i in range(self.sizes.lane_words)]
+    def raise_peak(self, logits, valid):
+        """The peak, and all that is in its units; returns the weights of these places, which it adds to the total."""
+        highest = functools.reduce(m.maximum, [m.select(v, x, LOWEST) for x, v in zip(logits, valid, strict=True)])
+        for lanes in (1, 2):
+            highest = m.maximum(highest, m.shuffle_xor(highest, lanes))
+        peak = m.maximum(self.peak, highest)
+        decay = exp(m.subtract_float(self.peak, peak))
+        weights = [
+            m.select(v, exp(m.subtract_float(x, peak)), 0.0) for x, v in zip(logits, valid, strict=True)
+        ]  # fmt: skip
+        self.peak, self.total = peak, m.fma(self.total, decay, functools.reduce(m.add_float, weights))
+        self.columns = [m.multiply_float(x, decay) for x in self.columns]
+        return weights
 
 
 class WarpAttention:
-    """A block's attention over tokens of a row, for 4 of its query heads."""
+    """A warp's attention over tokens of a row.
 
-    def __init__(self, sizes: Sizes, lane, row, group, query, keys, values, bins, scale, scored, limits, shared):
-        self.sizes, self.lane, self.row, self.scored = sizes, lane, row, scored
+    query [R,G,D], keys and values [R,T,D], of one dtype; shared: an address, of `Sizes.shared_words` words for the
+    block; and where sums are made bins [R,T/8,G,2], scale [R,T], limits [R,H,LIMITS], and the number of scored tokens.
+    """
+
+    def __init__(
+        self, sizes: Sizes, lane, row, query, keys, values, shared, *, bins=None, scale=None, limits=None, scored=None
+    ):
+        self.sizes, self.row, self.keys, self.values, self._shared = sizes, row, keys, values, shared
+        self.bins, self.scale, self.scored = bins, scale, scored
+        self.first_token = m.multiply(row, sizes.tokens)
         self.warp = m.right(m.thread_index(), 5)
-        self.head = m.add(m.multiply(group, HEADS), self.warp)
-        self.is_real = m.less(self.head, sizes.group)
-        self.query, self.keys, self.values, self.bins, self.scale = query, keys, values, bins, scale
+        self.lane, self.g, self.t = lane, m.right(lane, 2), m.bit_and(lane, 3)
         # Heads that are not real do what the last one does, and store nothing.
-        real = m.minimum_signed(self.head, sizes.group - 1)
-        self.own_limits = load_limits(limits, m.add(m.multiply(row, sizes.heads), real))
-        self._shared = m.shared_address(shared)
-
-    def shared(self, place, word: Any = 0):
-        """Address of a word of shared memory, from a place on."""
-        return m.add(self._shared, m.left(m.add(word, place), 2))
+        heads = [m.minimum_signed(m.add(self.g, OCTET * i), sizes.group - 1) for i in range(sizes.octets)]
+        self.query = [self._load_query(query, m.add(m.multiply(row, sizes.group), head)) for head in heads]
+        self.is_half = sizes.group <= HEADS
+        self.is_upper = m.not_less(lane, 16)
+        if self.is_half:
+            heads = [m.minimum_signed(m.bit_and(self.g, HEADS - 1), sizes.group - 1)]
+        self.term_heads = heads
+        self.found: list[Found] = []
+        if sizes.rule is not None:
+            first = m.multiply(row, sizes.heads)
+            self.found = [Found(sizes.rule, load_limits(limits, m.add(first, head))) for head in heads]
 
     def start(self):
         """What the warp has before its first token: numbers to be carried."""
-        return Progress.start(self.sizes).flat
+        return [
+            *[m.value(LOWEST), *[m.value(0.0)] * (_Eight.size(self.sizes) - 1)] * self.sizes.octets,
+        ]  # fmt: skip
 
-    def store_limits(self):
-        """The limits of this warp's head, to shared memory."""
-        at = self.shared(self.sizes.limits_at, m.multiply(self.warp, LIMITS))
-        words = [m.as_int(x) for x in self.own_limits]
+    def attend(self, begin, end, listed, carried):
+        """What is carried, with the tokens of a list's places `begin` to `end`, of which every fourth 16 are this
+        warp's.
 
-        def store():
-            for i in range(0, LIMITS, 4):
-                m.store_shared(at, words[i : i + 4], offset=4 * i)
+        Args:
+          listed: a function, from a place to the token there, to be called for this lane's place of a tile.
+        """
+        ahead = STAGES - 1
+        first = m.add(begin, m.multiply(self.warp, PLACES))
+        place_of = lambda i: m.add(first, m.multiply(i, PLACES * WARPS))  # noqa: E731
+        tiles = m.divide(m.add(m.subtract(end, m.minimum_signed(first, end)), PLACES * WARPS - 1), PLACES * WARPS)
 
-        m.when(m.less(self.lane, 1), store)
+        def token_of(i):
+            # Places behind the end are those of the last token.
+            place = m.add(place_of(i), m.bit_and(self.lane, PLACES - 1))
+            return listed(m.minimum_signed(place, m.subtract(end, 1)))
 
-    def store_queries(self):
-        """Queries of the 4 heads as f32, zero past their end."""
+        def copy(i, token):
+            m.when(m.less(i, tiles), lambda: self._copy(self._tile(i), token))
+            m.end_copies()
+
+        tokens = [token_of(m.value(i)) for i in range(ahead + 1)]
+        for i, token in enumerate(tokens[:ahead]):
+            copy(m.value(i), token)
+
+        def attend_tile(i, carried):
+            tokens, progress = carried[: ahead + 1], carried[ahead + 1 :]
+            # The tokens of a tile are known before their keys and values are asked for.
+            following = token_of(m.add(i, ahead + 1))
+            copy(m.add(i, ahead), tokens[-1])
+            m.wait_copies(ahead)
+            return [*tokens[1:], following, *self._attend(self._tile(i), tokens[0], place_of(i), end, progress)]
+
+        return m.loop(tiles, [*tokens, *carried], attend_tile)[ahead + 1 :]
+
+    def _tile(self, i):
+        """Address of this lane's words of a tile."""
+        stage = m.subtract(i, m.multiply(m.divide(i, STAGES), STAGES))
+        return self.shared(0, m.add(m.multiply(stage, self.sizes.tile_words), m.left(self.lane, 2)))
+
+    def _offsets(self):
+        """Of this lane's places in a tile."""
+        return [m.add(m.left(self.t, 1), i) for i in (0, 1, 8, 9)]
+
+    def _copy(self, tile, token):
+        """Begin to copy what a tile takes, whose tokens are `token` in lanes of their places."""
         sizes = self.sizes
-        each = 1 if sizes.query_dtype == "float32" else 2
-        words = sizes.head_dim // each
-        all_words = sizes.columns // each
-        first_head = m.subtract(self.head, self.warp)
+        for i in range(2):
+            key = m.shuffle(token, m.add(self.g, OCTET * i))
+            self._copy_chunks(tile, i * (sizes.values_at // 2), self.keys, key, self.t, 4)
+        tokens = [m.shuffle(token, offset) for offset in self._offsets()]
+        size = (sizes.known_at - sizes.values_at) // 4
+        for i, one in enumerate(tokens):
+            self._copy_chunks(tile, sizes.values_at + i * size, self.values, one, self.g, 8)
+        if sizes.rule is None:
+            return
+        at_word = m.subtract(tile, m.multiply(self.lane, 12))
+        for i, (token, head) in enumerate(self._of_terms(self._halved(tokens))):
+            words = (
+                m.address(self.scale, m.right(m.add(self.first_token, token), 1)),
+                m.address(self.bins, word_of(self.row, token, head, sizes.group, sizes.tokens)),
+            )
+            for j, at in enumerate(words):
+                m.copy(at_word, at, words=1, shared_offset=4 * (sizes.known_at + LANES * (2 * i + j)))
 
-        def store(i, _):
-            place = m.add(m.thread_index(), m.multiply(i, m.WARPGROUP))
-            head = m.divide(place, all_words)
-            word = m.subtract(place, m.multiply(head, all_words))
-            is_real = m.both(m.less(m.add(first_head, head), sizes.group), m.less(word, words))
-            row = m.add(m.multiply(self.row, sizes.group), m.minimum_signed(m.add(first_head, head), sizes.group - 1))
-            at = m.address(self.query, m.add(m.multiply(row, words), m.minimum_signed(word, words - 1)))
-            numbers = [m.as_int(m.select(is_real, x, 0.0)) for x in _unpack(sizes.query_dtype, m.load(at)[0])]
+    def _of_terms(self, *of_places):
+        """Of each place and head of which this lane has terms, what is given of the places; and the head."""
+        return [(*at, head) for head in self.term_heads for at in zip(*of_places, strict=True)]
 
-            def store_numbers():
-                for j, number in enumerate(numbers):
-                    dim = m.add(m.multiply(word, each), j)
-                    m.store_shared(self.shared(0, m.add(m.multiply(dim, HEADS), head)), [number])
+    def _attend(self, tile, token, first, end, carried):
+        """What is carried, with a tile whose copies have arrived; places from `end` on have no weight."""
+        sizes = self.sizes
+        eights = self._eights(carried)
+        left = m.maximum_signed(m.subtract(end, first), 0)
+        valid = [m.less(offset, left) for offset in self._offsets()]
+        logits = self._logits(tile)
+        weights = [eight.raise_peak(x, valid) for eight, x in zip(eights, logits, strict=True)]
+        if sizes.rule is not None:
+            tokens = [m.shuffle(token, offset) for offset in self._offsets()]
+            self._add_terms(eights, tile, self._halved(tokens), self._halved(valid), logits)
+        self._add_values(eights, weights, tile)
+        return [x for eight in eights for x in eight.flat]
 
-            m.when(m.less(place, HEADS * all_words), store_numbers)
-            return []
+    def _add_terms(self, eights, tile, tokens, valid, logits):
+        sizes, found = self.sizes, list(zip(self.found, eights, strict=True))
+        mine = [self._halved_values(x) for x in logits]
+        at = m.subtract(tile, m.multiply(self.lane, 12))
+        for i, (token, is_listed, _) in enumerate(self._of_terms(tokens, valid)):
+            octet, place = divmod(i, sizes.term_places)
+            words = [m.load_shared(at, offset=4 * (sizes.known_at + LANES * (2 * i + j)))[0] for j in range(2)]
+            known, eight = found[octet]
+            terms = self._terms(known, token, is_listed, mine[octet][place], words)
+            eight.sums = [m.add_float(x, y) for x, y in zip(eight.sums, terms, strict=True)]
 
-        m.loop(-(-HEADS * all_words // m.WARPGROUP), [], store)
+    def _eights(self, carried):
+        size = _Eight.size(self.sizes)
+        return [_Eight.of(self.sizes, carried[size * i : size * (i + 1)]) for i in range(self.sizes.octets)]
+
+    def _load_query(self, query, place):
+        """A lane's chunks of a query, zero past its end."""
+        sizes, chunks = self.sizes, []
+        at = m.row_address(query, place, sizes.head_dim // 2)
+        for first in range(0, sizes.chunks, 4):
+            chunk = m.add(self.t, first)
+            words = m.load(m.advance(at, m.left(m.minimum_signed(chunk, sizes.chunks - 1), 2)), words=4)
+            chunks.append([m.select(m.less(chunk, sizes.chunks), word, 0) for word in words])
+        return chunks
+
+    def _copy_chunks(self, tile, to: int, ref, token, first, lanes: int):
+        """Chunks `first`, `first + lanes`, ... of a token's numbers; past their end, anything of it."""
+        chunks = self.sizes.chunks
+        at = m.row_address(ref, m.add(self.first_token, token), self.sizes.head_dim // 2)
+        start = m.advance(at, m.left(first, 2))
+        for j in range(-(-chunks // lanes)):
+            shared_offset = 4 * (to + 4 * LANES * j)
+            if lanes * (j + 1) <= chunks:
+                m.copy(tile, start, words=4, shared_offset=shared_offset, offset=16 * lanes * j)
+            else:
+                last = m.minimum_signed(m.add(first, lanes * j), chunks - 1)
+                m.copy(tile, m.advance(at, m.left(last, 2)), words=4, shared_offset=shared_offset)
+
+    def _logits(self, tile):
+        """Of each eight heads, those of this lane's four places."""
+        sizes, products = self.sizes, []
+        for key in range(2):
+            product = [m.value(0.0)] * 4
+            for j in range(-(-sizes.chunks // 4)):
+                chunk = m.load_shared(tile, words=4, offset=4 * (key * (sizes.values_at // 2) + 4 * LANES * j))
+                for i in (0, 2):
+                    words = [[eight[j][i], eight[j][i + 1]] for eight in self.query]
+                    product = self._product(words, chunk[i : i + 2], product)
+            products.append(product)
+        logits = [[x for product in products for x in product[2 * i : 2 * i + 2]] for i in range(sizes.octets)]
+        logits = [[m.multiply_float(x, sizes.softmax_scale) for x in eight] for eight in logits]
+        # Minus infinity comes from a key or query that is not finite, and would pass as a token without weight.
+        return [[m.select(m.less_float(x, -3.4e38), float("nan"), x) for x in eight] for eight in logits]
+
+    def _product(self, words, b, c):
+        """mma of the words of each eight rows; of eight rows alone, the other ones are zero, and cost nothing."""
+        (a0, a2), (a1, a3) = words if len(words) == 2 else (words[0], (m.value(0), m.value(0)))
+        return m.matrix_product(self.sizes.dtype, [a0, a1, a2, a3], b, c)
+
+    def _add_values(self, eights, weights, tile):
+        """Add what the values of this lane's four places weigh."""
+        sizes = self.sizes
+        size = (sizes.known_at - sizes.values_at) // 4
+        words = [[m.pack_pair(sizes.dtype, *w[:2]), m.pack_pair(sizes.dtype, *w[2:])] for w in weights]
+        for j in range(sizes.columns // COLUMNS):
+            to = sizes.values_at + 4 * LANES * j
+            values = [m.load_shared(tile, words=4, offset=4 * (to + size * k)) for k in range(4)]
+            for i in range(CHUNK):
+                pick = m.high_halves if i % 2 else m.low_halves
+                four = [value[i // 2] for value in values]
+                at = (CHUNK * j + i) * 2
+                c = [x for eight in eights for x in eight.columns[at : at + 2]]
+                c += [m.value(0.0)] * (4 - len(c))
+                product = self._product(words, [pick(*four[:2]), pick(*four[2:])], c)
+                for k, eight in enumerate(eights):
+                    eight.columns[at : at + 2] = product[2 * k : 2 * k + 2]
+
+    def _halved(self, four):
+        """Of four places' numbers or conditions, this half's two where a half of the lanes has all heads."""
+        if not self.is_half:
+            return four
+        return [m.select(self.is_upper, high, low) for low, high in zip(four[:2], four[2:], strict=True)]
+
+    def _halved_values(self, four):
+        """The same of numbers that lanes of the lower half have."""
+        if not self.is_half:
+            return four
+        return self._halved(four[:2] + [m.shuffle_xor(x, 16) for x in four[2:]])
+
+    def _terms(self, found: Found, token, is_listed, logit, words):
+        pair, word = words
+        bin_, scale = byte_of(word, token), scale_of(pair, m.add(self.first_token, token))
+        # In unsigned numbers: sinks are far above.
+        is_scored = m.both(is_listed, m.less(m.subtract(token, self.sizes.sink), self.scored))
+        is_found = m.both(is_scored, m.less(bin_, found.kept(scale)))
+        is_own = m.either(is_found, m.both(is_listed, m.negate(is_scored)))
+        return found.masses(logit, is_listed, is_own) + found.terms(logit, bin_, scale, is_found)
+
+    def shared(self, place, word: Any = 0, warp: int | None = None):
+        """Address of a word of a warp's shared memory, from a place on; of this warp's by default."""
+        number = self.warp if warp is None else m.value(warp)
+        start = m.add(self._shared, m.multiply(number, 4 * self.sizes.warp_words))
+        return m.add(start, m.left(m.add(word, place), 2))
 
     def share(self, carried):
         """The warp's part, to shared memory."""
-        state = Progress(self.sizes, carried)
-        sizes, is_first_lane = self.sizes, m.less(self.lane, 1)
-        for head in range(HEADS):
-            place = m.add(m.multiply(self.warp, HEADS), head)
-            total = warp_sum(state.totals[head], m.add_float)
-            pair = [m.as_int(state.peaks[head]), m.as_int(total)]
-            at = self.shared(sizes.peaks_at, m.left(place, 1))
-            m.when(is_first_lane, functools.partial(m.store_shared, at, pair))
-            at = self.shared(sizes.sums_at, m.add(m.multiply(place, KINDS), m.right(self.lane, 2)))
-            total = [m.as_int(sum_of_lanes(self.lane, state.sums[head]))]
-            m.when(m.less(m.bit_and(self.lane, 3), 1), functools.partial(m.store_shared, at, total))
-            for word, numbers in zip(self._words(), state.of_words(head), strict=True):
-                column = m.add(m.multiply(place, sizes.columns), m.multiply(word, sizes.each))
-                store = functools.partial(m.store_shared, self.shared(sizes.outs_at, column), [*map(m.as_int, numbers)])
-                m.when(m.less(word, sizes.words), store)
-
-    def add_up_warps(self, peaks, totals, outs, sums):
-        """The parts of all warps of one query head, by one of them."""
         sizes = self.sizes
-        place = m.add(m.multiply(m.block_index(), HEADS), self.warp)
-        mine = [m.add(self.warp, HEADS * warp) for warp in range(WARPS)]
-        pairs = [m.load_shared(self.shared(sizes.peaks_at, m.left(one, 1)), words=2) for one in mine]
-        parts = [m.as_float(peak) for peak, _ in pairs]
-        peak = functools.reduce(m.maximum, parts)
-        weights = [exp(m.subtract_float(part, peak)) for part in parts]
-        total = [m.multiply_float(m.as_float(total), weight) for (_, total), weight in zip(pairs, weights, strict=True)]
+        for i, eight in enumerate(self._eights(carried)):
+            total = eight.total
+            for lanes in (1, 2):
+                total = m.add_float(total, m.shuffle_xor(total, lanes))
+            # Pairs of kinds, lane by lane; halves that have the same heads together.
+            pair = sums_of_quads(self.t, eight.sums, halves=self.is_half) if sizes.rule else []
+            head = m.add(self.g, OCTET * i)
+            store = functools.partial(self._share_head, head, eight, total, pair)
+            m.when(m.less(head, sizes.group), store)
+
+    def _share_head(self, head, eight: _Eight, total, pair):
+        sizes, words = self.sizes, lambda numbers: [m.as_int(x) for x in numbers]
+        at = self.shared(0, m.left(head, 1))
+        m.when(m.less(self.t, 1), lambda: m.store_shared(at, words([eight.peak, total])))
+        if pair:
+            m.store_shared(self.shared(sizes.sums_at, m.add(m.left(head, 3), m.left(self.t, 1))), words(pair))
+        first = m.add(m.multiply(head, sizes.columns), m.left(self.t, 4))
+        for j in range(sizes.columns // COLUMNS):
+            chunk = eight.columns[2 * CHUNK * j : 2 * CHUNK * (j + 1)]
+            for k in (0, 1):
+                mine = words(chunk[k::2])
+                for i in (0, 4):
+                    at = self.shared(sizes.outs_at + COLUMNS * j + CHUNK * k + i, first)
+                    m.store_shared(at, mine[i : i + 4])
+
+    def add_up_warps(self, part, peaks, totals, outs, sums=None):
+        """The parts of all warps, to a place of arrays [N,H], [N,H], [N,H,C] and [N,H,KINDS]. What `share` stored must
+        be there."""
+        for first in range(0, self.sizes.heads, WARPS):
+            head = m.add(self.warp, first)
+            add_up = functools.partial(self._add_up_head, head, part, peaks, totals, outs, sums)
+            m.when(m.less(head, self.sizes.group), add_up)
+
+    def _add_up_head(self, head, part, peaks, totals, outs, sums):
+        sizes = self.sizes
+        place = m.add(m.multiply(part, sizes.heads), head)
+        of_warps = lambda at, word, words=1: [  # noqa: E731
+            m.load_shared(self.shared(at, word, warp), words=words) for warp in range(WARPS)
+        ]
+        pairs = of_warps(0, m.left(head, 1), words=2)
+        all_peaks = [m.as_float(peak) for peak, _ in pairs]
+        peak = functools.reduce(m.maximum, all_peaks)
+        weights = [exp(m.subtract_float(one, peak)) for one in all_peaks]
+        weigh = lambda numbers: functools.reduce(  # noqa: E731
+            m.add_float, [m.multiply_float(m.as_float(x), w) for x, w in zip(numbers, weights, strict=True)]
+        )
         is_first_lane = m.less(self.lane, 1)
         m.store(m.address(peaks, place), [m.as_int(peak)], where=is_first_lane)
-        total = functools.reduce(m.add_float, total)
-        m.store(m.address(totals, place), [m.as_int(total)], where=is_first_lane)
-        kind = m.bit_and(self.lane, KINDS - 1)
-        found = [m.load_shared(self.shared(sizes.sums_at, m.add(m.multiply(one, KINDS), kind)))[0] for one in mine]
-        found = functools.reduce(m.add_float, map(m.as_float, found))
-        at = m.address(sums, m.add(m.multiply(place, KINDS), kind))
-        m.store(at, [m.as_int(found)], where=m.less(self.lane, KINDS))
+        m.store(m.address(totals, place), [m.as_int(weigh([total for _, total in pairs]))], where=is_first_lane)
+        if sums is not None:
+            kind = m.bit_and(self.lane, KINDS - 1)
+            found = [m.as_float(x) for (x,) in of_warps(sizes.sums_at, m.add(m.left(head, 3), kind))]
+            at = m.address(sums, m.add(m.multiply(place, KINDS), kind))
+            m.store(at, [m.as_int(functools.reduce(m.add_float, found))], where=m.less(self.lane, KINDS))
         for first in range(0, sizes.columns, LANES):
             column = m.add(self.lane, first)
-            values = [
-                m.load_shared(self.shared(sizes.outs_at, m.add(m.multiply(one, sizes.columns), column)))[0]
-                for one in mine
-            ]
-            value = [m.multiply_float(m.as_float(x), weight) for x, weight in zip(values, weights, strict=True)]
-            value = functools.reduce(m.add_float, value)
+            value = weigh([x for (x,) in of_warps(sizes.outs_at, m.add(m.multiply(head, sizes.columns), column))])
             m.store(m.address(outs, m.add(m.multiply(place, sizes.columns), column)), [m.as_int(value)])
-
-    def _words(self):
-        """Which words of a value this lane adds up."""
-        sizes = self.sizes
-        if sizes.is_vector:
-            return [m.add(m.multiply(self.lane, sizes.lane_words), i) for i in range(sizes.lane_words)]
-        return [m.add(self.lane, LANES * i) for i in range(sizes.lane_words)]
-
-    def attend(self, count, carried):
-        """With the tokens of the list, so many of them: every fourth 32 are this warp's."""
-        batches = m.right(m.add(count, LANES - 1), 5)
-        mine = m.right(m.add(m.subtract(batches, m.minimum_signed(self.warp, batches)), WARPS - 1), 2)
-        return m.loop(mine, carried, lambda i, flat: self._attend_batch(i, count, Progress(self.sizes, flat)).flat)
-
-    def _attend_batch(self, i, count, state: Progress) -> Progress:
-        sizes = self.sizes
-        first = m.multiply(m.add(m.multiply(i, WARPS), self.warp), LANES)
-        place = m.add(first, self.lane)
-        is_listed = m.both(m.less(place, count), m.less(first, count))
-        token = m.load_shared(self.shared(sizes.list_at, m.minimum_signed(place, m.subtract(count, 1))))[0]
-        index = m.add(m.multiply(self.row, sizes.tokens), token)
-        scale = scale_of(m.load(m.address(self.scale, m.right(index, 1)))[0], index)
-        is_scored = m.both(is_listed, m.less(m.subtract(token, sizes.sink), self.scored))
-        first_head = m.subtract(self.head, self.warp)
-        heads = [m.minimum_signed(m.add(first_head, h), sizes.group - 1) for h in range(HEADS)]
-        words = [
-            m.load(m.address(self.bins, word_of(self.row, token, head, sizes.group, sizes.tokens)))[0] for head in heads
-        ]
-        logits = self._dots(index)
-        weights = []
-        for h, logit in enumerate(logits):
-            # Minus infinity comes from a key or query that is not finite, and would pass as a token without weight.
-            logit = m.select(m.less_float(logit, -3.4e38), float("nan"), logit)
-            highest = warp_sum(m.select(is_listed, logit, LOWEST), m.maximum)
-            weights.append(state.raise_peak(h, highest, logit, is_listed))
-            found = Found(sizes.rule, self._load_limits(h))
-            bin_ = byte_of(words[h], token)
-            is_found = m.both(is_scored, m.less(bin_, found.kept(scale)))
-            is_own = m.either(is_found, m.both(is_listed, m.negate(is_scored)))
-            state.add_terms(h, found.masses(logit, is_listed, is_own) + found.terms(logit, bin_, scale, is_found))
-        at = self.shared(sizes.weights_at, m.multiply(m.thread_index(), HEADS))
-        m.store_shared(at, [m.as_int(weight) for weight in weights])
-        m.warp_barrier()
-        listed = m.maximum_signed(m.minimum_signed(m.subtract(count, first), LANES), 0)
-        state.columns = self._add_values(first, count, listed, state.columns)
-        m.warp_barrier()
-        return state
-
-    def _load_limits(self, h: int):
-        at = self.shared(self.sizes.limits_at)
-        return [
-            m.as_float(x) for i in range(0, LIMITS, 4) for x in m.load_shared(at, words=4, offset=4 * (LIMITS * h + i))
-        ]
-
-    def _dots(self, index):
-        """Logits of the 4 queries and each lane's key, of [R T]."""
-        sizes = self.sizes
-        vector = next(n for n in (4, 2, 1) if sizes.words % n == 0)
-        at_once = KEY_WORDS if sizes.words % KEY_WORDS == 0 else sizes.words
-        at = m.row_address(self.keys, index, sizes.words)
-        query = self.shared(0)
-
-        def add(i, products):
-            key = m.advance(at, m.multiply(i, at_once))
-            mine = m.add(query, m.multiply(i, 4 * HEADS * at_once * sizes.each))
-            words = [w for j in range(0, at_once, vector) for w in m.load(key, words=vector, offset=4 * j)]
-            for j, number in enumerate(x for w in words for x in _unpack(sizes.dtype, w)):
-                four = m.load_shared(mine, words=HEADS, offset=4 * HEADS * j)
-                products = [m.fma(number, m.as_float(q), x) for q, x in zip(four, products, strict=True)]
-            return products
-
-        products = m.loop(sizes.words // at_once, [m.value(0.0)] * HEADS, add)
-        return [m.multiply_float(x, sizes.softmax_scale) for x in products]
-
-    def _add_values(self, first, count, listed, columns):
-        """Columns of the 4 heads with the values of the list's tokens from `first` on, `listed` of them."""
-        sizes = self.sizes
-        words = [m.minimum_signed(word, sizes.words - 1) for word in self._words()]
-        first_token = m.multiply(self.row, sizes.tokens)
-        weights_at = self.shared(sizes.weights_at, m.multiply(self.warp, LANES * HEADS))
-
-        def load(place):
-            token = m.load_shared(self.shared(sizes.list_at, m.minimum_signed(place, m.subtract(count, 1))))[0]
-            at = m.row_address(self.values, m.add(first_token, token), sizes.words)
-            if sizes.is_vector:
-                return m.load(m.advance(at, words[0]), words=sizes.lane_words)
-            return [m.load(m.advance(at, word))[0] for word in words]
-
-        def add(i, columns):
-            mine = [m.add(m.multiply(i, VALUES_AT_ONCE), j) for j in range(VALUES_AT_ONCE)]
-            loads = [load(m.add(first, one)) for one in mine]
-            for one, value in zip(mine, loads, strict=True):
-                weights = m.load_shared(m.add(weights_at, m.left(one, 4)), words=HEADS)
-                # What is not listed has no weight, and is not looked at.
-                numbers = [m.select(m.less(one, listed), x, 0.0) for word in value for x in _unpack(sizes.dtype, word)]
-                pairs = [(m.as_float(weight), x) for weight in weights for x in numbers]
-                columns = [m.fma(*pair, column) for pair, column in zip(pairs, columns, strict=True)]
-            return columns
-
-        return m.loop(m.divide(m.add(listed, VALUES_AT_ONCE - 1), VALUES_AT_ONCE), columns, add)

@@ -25,6 +25,8 @@ QUERY_LEVEL = 7
 SAMPLES = 128
 # A threshold lies up to some 17 nats below the largest score, of 32 that bins cover: rather too high than too low.
 HEADROOM = 8.0
+# Where logits deviate by more nats, bins must reach further down, and few tokens are near the largest score.
+SHARP = 4.0
 CENTROIDS = 64
 ZEROED = 256
 # Elements of the rotation that are multiplied at a time: what fits into shared memory.
@@ -64,7 +66,8 @@ def likely_peak(logits, quantized, sink: int):
     log_n = jnp.log(jnp.maximum(quantized - sink, SAMPLES).astype(jnp.float32))
     root = jnp.sqrt(2 * log_n)
     typical = root - (jnp.log(log_n) + math.log(4 * math.pi)) / (2 * root)
-    return jnp.maximum(mean + typical * deviation, jnp.max(logits, axis=-1)) + HEADROOM
+    headroom = jnp.clip(HEADROOM + SHARP - deviation, 0.0, HEADROOM)
+    return jnp.maximum(mean + typical * deviation, jnp.max(logits, axis=-1)) + headroom
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import mosaic_attention
 from rabitq_jax.cache import LayerCache
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.noisy_bins import NoisyBins
@@ -53,16 +54,15 @@ def attend_certified(
     Raises:
       NotImplementedError: the implementation that was named cannot do it.
     """
-    estimates = (NoisyBins if uses_mosaic(cache, config) else NoisyScores)(
+    estimates = (NoisyBins if _uses_bins(query, cache, config) else NoisyScores)(
         query, cache, config, softmax_scale, prng_key, layer
     )
     with jax.named_scope("find_thresholds"):
         limits = estimates.limits()
     with jax.named_scope("keep_by_thresholds"):
-        kept = estimates.keep(limits)
-        indices, counts = kept[:2]
+        indices, counts = estimates.keep(limits)
     with jax.named_scope("verified_attention"):
-        last = estimates.attend(kept, limits)
+        last = estimates.attend((indices, counts), limits)
     short, read = jnp.zeros(query.shape[:3], bool), counts
     if config.selection == "certified" and config.top_p < 1:
         with jax.named_scope("extend"):
@@ -77,6 +77,23 @@ def attend_certified(
         mass=estimates.claimed(limits),
     )
     return out, selection, Verification(verified=verified, bound=bound, extended=short, read=read)
+
+
+def _uses_bins(query, cache: LayerCache, config: RaBitQConfig) -> bool:
+    """Whether scores are made in bins; where nobody asked for them by name, only if attention to what they list has a
+    kernel.
+
+    Raises:
+      NotImplementedError: only one of both was asked for by name.
+    """
+    takes = mosaic_attention.takes(query.shape[2], query.shape[3], cache.keys.dtype.name)
+    uses_bins = uses_mosaic(cache, config) and (takes or config.select == "mosaic")
+    if config.attend is not None and uses_bins != (config.attend == "mosaic"):
+        raise NotImplementedError(
+            f"selection {config.selection!r} needs select and attend both 'mosaic' or neither, got select "
+            f"{config.select!r} and attend {config.attend!r}"
+        )
+    return uses_bins
 
 
 def _add_tail(out, verified, cache: LayerCache, config: RaBitQConfig):

@@ -15,6 +15,7 @@ QueryRounding = Literal["random", "nearest"]
 ScoreImplementation = Literal["xla", "popcount", "int4", "triton"]
 KernelImplementation = Literal["xla", "pallas"]
 SelectImplementation = Literal["xla", "pallas", "mosaic"]
+AttendImplementation = Literal["xla", "pallas", "mosaic"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,8 @@ class RaBitQConfig:
         number a token).
       query_rounding: "random" (unbiased, needs a PRNG key in every decode step) or "nearest".
       scores, select, attend, quantize: implementation of each stage; None is the kernel on a GPU, XLA elsewhere.
-        select "mosaic" makes the scores too, so that `scores` must be None; it needs a Hopper GPU and JAX 0.11.
+        select "mosaic" makes the scores too, so that `scores` must be None; it and attend "mosaic" need a Hopper GPU
+        and JAX 0.11.
 
     Raises:
       ValueError: a value is outside its range, or two contradict each other.
@@ -69,7 +71,7 @@ class RaBitQConfig:
     query_rounding: QueryRounding = "random"
     scores: ScoreImplementation | None = None
     select: SelectImplementation | None = None
-    attend: KernelImplementation | None = None
+    attend: AttendImplementation | None = None
     quantize: KernelImplementation | None = None
 
     def __post_init__(self):

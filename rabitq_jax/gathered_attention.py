@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gathered_attention as gathered_attention_kernel
-from rabitq_jax._dispatch import select
+from pallas_kernels import mosaic_attention
+from rabitq_jax._dispatch import on_hopper, select
 
 TILE = 256
 
@@ -69,7 +70,11 @@ def rescale(peak, total, logits, valid):
     return new_peak, weights, jnp.where(total == 0, 0.0, jnp.exp(peak - new_peak))
 
 
-IMPLEMENTATIONS = {"xla": gathered_attention_reference, "pallas": gathered_attention_kernel.gathered_attention}
+IMPLEMENTATIONS = {
+    "xla": gathered_attention_reference,
+    "pallas": gathered_attention_kernel.gathered_attention,
+    "mosaic": mosaic_attention.gathered_attention,
+}
 
 
 def gathered_attention(
@@ -84,7 +89,7 @@ def gathered_attention(
       counts: int32 [B,K], from 0 to S.
       softmax_scale: factor from <q, k> to a logit.
       dtype: of the result; sums are float32.
-      implementation: "xla", "pallas" or None.
+      implementation: "xla", "pallas", "mosaic" (for Hopper GPUs) or None.
 
     Returns:
       [B,K,G,D]; zero where the list is empty; NaN where an attended logit is not finite.
@@ -95,5 +100,6 @@ def gathered_attention(
     """
     if query.shape[-1] != keys.shape[-1] or keys.shape != values.shape:
         raise ValueError(f"head dimensions differ: query {query.shape}, keys {keys.shape}, values {values.shape}")
-    attend = select(IMPLEMENTATIONS, implementation, gpu="pallas")
+    takes = mosaic_attention.takes(query.shape[2], query.shape[3], keys.dtype.name)
+    attend = select(IMPLEMENTATIONS, implementation, gpu="mosaic" if on_hopper() and takes else "pallas")
     return attend(query, keys, values, indices, counts, softmax_scale=softmax_scale, dtype=dtype)

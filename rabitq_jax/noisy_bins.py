@@ -45,12 +45,12 @@ class NoisyBins:
             zeros=mosaic_certified.zeros(batch, kv_heads, heads, cache.capacity), implementation="pallas",
         )  # fmt: skip
         self._state = jax.new_ref(prepared.zeros)
-        self._bins, (indices, counts, self._limits, records) = mosaic_certified.score_and_select(
+        self._bins, (indices, counts, self._limits) = mosaic_certified.score_and_select(
             prepared.planes, prepared.factors, prepared.base, prepared.shift, prepared.exact_lse, prepared.noise,
             self._state, codes.bits, codes.scale, codes.bias, softmax_scale, cache.quantized, cache.length,
             group=group, sink=config.sink, rule=self._rule,
         )  # fmt: skip
-        self._kept = indices, counts, records
+        self._kept = indices, counts
 
     def limits(self) -> jax.Array:
         """Those that the rule of the configuration chooses."""
@@ -62,16 +62,16 @@ class NoisyBins:
         below, total = (limits[:, :, : self._query.shape[2], i] for i in (5, 6))
         return 1 - below / jnp.where(total == 0, 1.0, total)
 
-    def keep(self, limits) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Indices and counts of the tokens that are kept, and what is recorded of them."""
+    def keep(self, limits) -> tuple[jax.Array, jax.Array]:
+        """Indices and counts of the tokens that are kept."""
         del limits
         return self._kept
 
     def attend(self, kept, limits) -> Round:
         """Exact attention over what is kept, and what follows from it."""
-        (indices, counts, records), cache, scale = kept, self._cache, self._scale
+        (indices, counts), cache, scale = kept, self._cache, self._scale
         out, summary, self._second, _ = mosaic_certified.attend(
-            self._query, cache.keys, cache.values, indices, counts, records, self._bins, scale, cache.quantized, limits,
+            self._query, cache.keys, cache.values, indices, counts, self._bins, scale, cache.quantized, limits,
             self._state, softmax_scale=self._softmax_scale, sink=self._config.sink, rule=self._rule,
         )  # fmt: skip
         return Round(out=out, summary=summary)

@@ -59,12 +59,13 @@ def uses_mosaic(cache: LayerCache, config: RaBitQConfig) -> bool:
     """Whether scores are made in bins, by the kernels for Hopper GPUs.
 
     Raises:
-      NotImplementedError: they were named, but are not for this device.
+      NotImplementedError: such kernels were named, but are not for this device.
     """
     assert cache.codes is not None
+    for name in ("select", "attend"):
+        if getattr(config, name) == "mosaic" and not on_hopper():
+            raise NotImplementedError(f"{name} 'mosaic' needs a Hopper GPU and JAX 0.11 or newer")
     if config.select == "mosaic":
-        if not on_hopper():
-            raise NotImplementedError("select 'mosaic' needs a Hopper GPU and JAX 0.11 or newer")
         return True
     unnamed = config.scores is None and config.select is None
     return unnamed and on_hopper() and mosaic_top_p.takes(cache.codes.bits, cache.codes.key_centroids)
@@ -95,7 +96,8 @@ def quantize_and_sum(
     if config.top_p_scope == "all":
         exact_lse = exact_logsumexp(
             query, cache.keys, cache.quantized, cache.length,
-            sink=config.sink, window=config.window, softmax_scale=softmax_scale, implementation=config.attend,
+            sink=config.sink, window=config.window, softmax_scale=softmax_scale,
+            implementation="pallas" if config.attend == "mosaic" else config.attend,
         )  # fmt: skip
     return quantized, exact_lse
 

@@ -33,6 +33,7 @@ class Emulator:
                 self.mask = np.ones(WARPGROUP, bool)
                 # Shared memory holds anything when a block begins.
                 self.shared = np.full(shared_words, 0xDEADBEEF, np.uint32)
+                self.copies, self.groups = [], [[] for _ in range(WARPGROUP // 32)]
                 body(*memories, *(out.reshape(-1) for out in outs), None)
             for x, memory in zip(inputs, memories, strict=True):
                 if not isinstance(x, jax.Array):
@@ -205,6 +206,32 @@ class Emulator:
         for i, x in enumerate(values):
             self.shared[((at + offset) // 4 + i)[self.mask]] = x[self.mask]
 
+    def copy(self, at_shared, at, *, words, shared_offset=0, offset=0):
+        to, source = (at_shared + shared_offset) // 4, at.word + offset // 4
+        assert np.all((source >= 0) & (source + words <= at.memory.size) | ~self.mask), "a copy from outside of memory"
+        assert np.all((to % words == 0) & (source % words == 0) | ~self.mask), "a copy that is not aligned"
+        self.copies.append((self.mask, to, at.memory, source, words))
+
+    def end_copies(self):
+        for warp, lanes in self._active_warps():
+            self.groups[warp].append([(mask & lanes, *rest) for mask, *rest in self.copies])
+        self.copies = []
+
+    def wait_copies(self, groups):
+        """Copies arrive as late as they may."""
+        for warp, _ in self._active_warps():
+            while len(self.groups[warp]) > groups:
+                for mask, to, memory, source, words in self.groups[warp].pop(0):
+                    for i in range(words):
+                        self.shared[to[mask] + i] = memory[source[mask] + i]
+
+    def _active_warps(self):
+        for warp in range(WARPGROUP // 32):
+            lanes = THREADS // 32 == warp
+            assert self.mask[lanes].all() or not self.mask[lanes].any(), "lanes of a warp that part"
+            if self.mask[lanes].any():
+                yield warp, lanes
+
     def add_shared(self, at, x, *, offset, where=None):
         wanted = self.mask if where is None else self.mask & where
         np.add.at(self.shared, ((at + offset) // 4)[wanted], x[wanted])
@@ -264,6 +291,36 @@ class Emulator:
                 out[i][lanes] += half.reshape(8, 4, 2)[:, :, i % 2].reshape(32)
         return out
 
+    def matrix_product(self, dtype, a, b, c):
+        """Lane 4 g + t holds columns 2 t, 2 t + 1 and 8 more of rows g, g + 8 of a, the same rows of column g of b, and
+        columns 2 t, 2 t + 1 of rows g, g + 8 of the result."""
+        unpack = self.bfloat16_pair if dtype == "bfloat16" else self.float16_pair
+        a, b, c = ([self.value(x) for x in operand] for operand in (a, b, c))
+        out = [x.copy() for x in c]
+        for warp in range(WARPGROUP // 32):
+            lanes = slice(32 * warp, 32 * warp + 32)
+            # [g, 2 t + half] of a word, row by row.
+            halves = lambda word: np.stack(unpack(word[lanes]), axis=-1).reshape(8, 8)  # noqa: B023, E731
+            left = np.block([[halves(a[0]), halves(a[2])], [halves(a[1]), halves(a[3])]])
+            right = np.concatenate([halves(b[0]), halves(b[1])], axis=1)
+            with np.errstate(invalid="ignore", over="ignore"):
+                product = left.astype(np.float64) @ right.T.astype(np.float64)
+                for i in range(4):
+                    half = product[8 * (i // 2) : 8 * (i // 2) + 8]
+                    out[i][lanes] += half.reshape(8, 4, 2)[:, :, i % 2].reshape(32).astype(np.float32)
+        return out
+
+    def pack_pair(self, dtype, low, high):
+        kind = jnp.bfloat16 if dtype == "bfloat16" else np.float16
+        low, high = (self.value(x).astype(kind).view(np.uint16).astype(np.uint32) for x in (low, high))
+        return low | high << np.uint32(16)
+
+    def low_halves(self, a, b):
+        return (a & np.uint32(0xFFFF)) | b << np.uint32(16)
+
+    def high_halves(self, a, b):
+        return a >> np.uint32(16) | (b & np.uint32(0xFFFF0000))
+
     def pack_bytes(self, words):
         return sum(((word & np.uint32(255)) << np.uint32(8 * i) for i, word in enumerate(words)), np.uint32(0))
 
@@ -283,8 +340,13 @@ class Emulator:
         return result
 
     def loop(self, count, carried, body):
-        for i in range(int(np.max(self.value(count)[self.mask], initial=0))):
-            carried = body(self.value(i), carried)
+        outer, count = self.mask, self.value(count)
+        for i in range(int(np.max(count[outer], initial=0))):
+            # Threads whose count is lower have left.
+            self.mask = outer & (count > i)
+            new = body(self.value(i), carried)
+            carried = [np.where(self.mask, x, old) for x, old in zip(new, carried, strict=True)]
+        self.mask = outer
         return carried
 
     def ptx(self, text, inputs, outputs):

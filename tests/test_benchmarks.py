@@ -75,6 +75,19 @@ class TestPlanting:
         assert facts["estimated_mass"] >= CONFIG.top_p
         assert 0.85 < facts["least_true_mass"] <= facts["true_mass"] < 1
 
+    def test_spread_logits_keep_the_stated_share_and_fall_off_smoothly(self):
+        case = dataclasses.replace(CASE, spread=True)
+        query, cache = planting.planted_case(case, CONFIG)
+        facts = planting.kept_facts(query, cache, planting.select(query, cache, CONFIG))
+        np.testing.assert_allclose(facts["kept_by_sequence"], CASE.shares, rtol=0.05)
+        logits = np.asarray(exact_logits(query, cache))[0, :, :, : 1024 - ROOM]
+        deviation = np.std(logits, axis=-1, keepdims=True)
+        assert np.all(deviation > 1.5)
+        # A normal distribution's quantiles, within some 4 standard errors of 832 tokens.
+        for share, quantile in ((0.9, 1.28), (0.5, 0.0), (0.1, -1.28)):
+            got = np.quantile((logits - logits.mean(-1, keepdims=True)) / deviation, share, axis=-1)
+            np.testing.assert_allclose(got, quantile, atol=0.25)
+
     def test_true_mass_is_that_of_the_softmax(self):
         query, cache = planting.planted_case(CASE, CONFIG)
         indices = jnp.broadcast_to(jnp.arange(1024), (2, 1, 1024))

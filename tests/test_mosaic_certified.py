@@ -9,7 +9,6 @@ from scipy.stats import norm
 from benchmarks.shapes import Shape
 from pallas_kernels import mosaic_certified, mosaic_compact, mosaic_found
 from pallas_kernels.mosaic_bins import bytes_of, counts_and_peaks, words_of
-from pallas_kernels.prepare_query import padded_heads
 from rabitq_jax import RaBitQConfig
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.noisy_bins import rule_of
@@ -57,7 +56,7 @@ def check_selection(shape, *, certified, top_p=0.9, offset=1.03, largest=1.0, bi
     gain, bias_gain = arguments[2], arguments[5]
     run = jit(lambda a, *rest: select(shape, (*a[:5], bias_gain, a[5]), *rest, promise))
     results = run((*arguments[:5], arguments[6]), noise, base, exact_lse, quantized, length)
-    bins, state, (indices, counts, limits, records) = results
+    bins, state, (indices, counts, limits) = results
     counted = np.asarray(counts_and_peaks(state, padded(noise).shape[2])[0])
     bytes_ = np.asarray(bytes_of(bins))
     limits = np.asarray(limits, np.float64)
@@ -83,17 +82,7 @@ def check_selection(shape, *, certified, top_p=0.9, offset=1.03, largest=1.0, bi
         assert np.all(chosen >= (least | held)) and np.all(chosen <= (most | held))
         listed = np.asarray(indices[b, k, : counts[b, k]])
         assert np.all(np.diff(listed) > 0)
-        if records is not None:
-            record = np.asarray(records[b, k, : len(listed)])
-            np.testing.assert_array_equal(record, records_of(bytes_[b, k], arguments[3][b, k])[listed])
     return results
-
-
-def records_of(bytes_, scale):
-    """Of all tokens of a kv head, int32 [T,1 + H/4]: bits of scales, and bytes [G,T], the last head's repeated."""
-    heads = np.minimum(np.arange(padded_heads(len(bytes_))), len(bytes_) - 1)
-    words = np.ascontiguousarray(np.asarray(bytes_)[heads].T).view(np.int32)
-    return np.concatenate([np.asarray(scale).view(np.uint16).astype(np.int32)[:, None], words], axis=1)
 
 
 class _Head:
@@ -177,14 +166,6 @@ def test_selection_in_an_emulator(case, top_p, monkeypatch):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [Shape(2, 2, 4, 1024, 128), Shape(1, 1, 5, 2560, 64)], ids=str)
-def test_selection_with_records_in_an_emulator(shape, monkeypatch):
-    emulate(monkeypatch)
-    monkeypatch.setattr(mosaic_compact, "LARGEST_NOT_RECORDED", 0)
-    monkeypatch.setattr(mosaic_compact, "NOISY_BLOCKS", 1)
-    check_selection(shape, certified=True)
-
-
 def test_selection_of_everything_in_an_emulator(monkeypatch):
     emulate(monkeypatch)
     check_selection(Shape(1, 2, 5, 512, 64), certified=True, top_p=1.0)
@@ -200,7 +181,7 @@ def test_selection_of_several_passes_in_an_emulator(monkeypatch):
 
 def check_again(shape, jit=lambda run: run):
     """Lists by limits that are given, in some of the kv heads."""
-    bins, _, (_, _, limits, _) = check_selection(shape, certified=True, jit=jit)
+    bins, _, (_, _, limits) = check_selection(shape, certified=True, jit=jit)
     quantized, length = ranges(shape)
     scale = inputs(shape)[3]
     rows = np.arange(shape.batch * shape.kv_heads).reshape(shape.batch, shape.kv_heads) % 3 != 1
@@ -233,11 +214,19 @@ def test_selection_by_limits_in_an_emulator(monkeypatch):
     check_again(Shape(2, 2, 4, 1024, 128))
 
 
-def check_verified_attention(shape, recorded, kept_share=0.2):
+def sums_of_lists(partial, heads):
+    """Sums [B,K,G,KINDS] of all parts of each list, none of which is empty."""
+    ends, *_, sums = map(np.asarray, partial)
+    whole = np.stack([sums[first : last + 1].sum(0) for first, last in ends])
+    return whole.reshape(*heads[:2], *whole.shape[1:])[:, :, : heads[2]]
+
+
+def check_verified_attention(shape, kept_share=0.2):
     """Output, masses and sums of the kernel on bins, in float64 over each query head's own tokens."""
     rng = np.random.default_rng(2)
     heads, tokens, dim = (shape.batch, shape.kv_heads, shape.group), shape.tokens, shape.head_dim
-    query, keys, values = (rng.normal(size=(*heads[:2], n, dim)) for n in (heads[2], tokens, tokens))
+    arrays = [jnp.asarray(rng.normal(size=(*heads[:2], n, dim)), jnp.bfloat16) for n in (heads[2], tokens, tokens)]
+    query, keys, values = (np.asarray(x, np.float64) for x in arrays)
     true = np.einsum("bkgd,bktd->bkgt", query, keys) * dim**-0.5
     scale = jnp.asarray(rng.uniform(0.5, 2, (*heads[:2], tokens)), jnp.bfloat16)
     noise = rng.uniform(0.3, 1.0, heads)
@@ -255,17 +244,12 @@ def check_verified_attention(shape, recorded, kept_share=0.2):
     indices = np.sort(np.stack([rng.permutation(tokens) for _ in range(counts.size)])[:, : tokens // 3], axis=-1)
     indices = indices.reshape(*heads[:2], -1)
     listed = jnp.asarray(np.pad(indices, [(0, 0)] * 2 + [(0, tokens - indices.shape[-1])]), jnp.int32)
-    arrays = [jnp.asarray(x, jnp.float32) for x in (query, keys, values)]
-    records = np.full((*heads[:2], tokens, 1 + padded_heads(heads[2]) // 4), -1, np.int32)
-    for at in np.ndindex(heads[:2]):
-        records[at][: counts[at]] = records_of(bins[at], scale[at])[indices[at]]
-    records = jnp.asarray(records) if recorded else None
-    out, summary, _, sums = mosaic_certified.attend(
-        *arrays, listed, jnp.asarray(counts, jnp.int32), records, words_of(jnp.asarray(bins)), scale,
+    out, summary, _, partial = mosaic_certified.attend(
+        *arrays, listed, jnp.asarray(counts, jnp.int32), words_of(jnp.asarray(bins)), scale,
         jnp.asarray(quantized, jnp.int32), padded(jnp.asarray(limits, jnp.float32)), jax.new_ref(zeros(shape)),
         softmax_scale=dim**-0.5, sink=FIRST, rule=rule(0.9, True),
     )  # fmt: skip
-    sums = np.asarray(jnp.sum(sums, axis=2)).reshape(*heads[:2], -1, mosaic_found.KINDS)
+    sums = sums_of_lists(partial, heads)
     for at in np.ndindex(heads):
         token = indices[at[:2]]
         s, d, byte = true[at][token], sd[at][token], bins[at][token]
@@ -273,7 +257,7 @@ def check_verified_attention(shape, recorded, kept_share=0.2):
         mine = np.maximum(kept[at], np.floor(np.clip(depth[at] + 8 * K * d - 4 * d**2, 0, 255)) + 1)
         own, weight = scored & (byte < mine), np.exp(s - peak[at])
         np.testing.assert_allclose(
-            out[at], np.exp(s) @ values[at[:2]][token] / np.exp(s).sum(), atol=1e-4, err_msg="output"
+            out[at], np.exp(s) @ values[at[:2]][token] / np.exp(s).sum(), atol=1e-2, err_msg="output"
         )
         threshold = base[at] - mine / 8 - d**2 / 2
         middle = np.where(byte == 0, np.inf, base[at] - (byte + 0.5) / 8 - d**2 / 2)
@@ -300,13 +284,13 @@ def check_verified_attention(shape, recorded, kept_share=0.2):
 
 
 @pytest.mark.parametrize(
-    "shape,recorded",
-    [(Shape(2, 2, 4, 640, 32), False), (Shape(1, 2, 1, 512, 64), True), (Shape(1, 1, 5, 1536, 16), True)],
+    "shape",
+    [Shape(2, 2, 4, 640, 32), Shape(1, 2, 1, 512, 64), Shape(1, 1, 5, 1536, 16), Shape(1, 1, 11, 512, 80)],
     ids=str,
 )
-def test_verified_attention_on_bins_in_an_emulator(shape, recorded, monkeypatch):
+def test_verified_attention_on_bins_in_an_emulator(shape, monkeypatch):
     emulate(monkeypatch)
-    check_verified_attention(shape, recorded)
+    check_verified_attention(shape)
 
 
 def test_normal_distribution_in_an_emulator(monkeypatch):
@@ -325,11 +309,11 @@ def test_kernels_lower(certified, monkeypatch):
     heads = jnp.zeros(noise.shape)
 
     def run(front, shift, noise, heads):
-        bins, state, (indices, counts, limits, records) = select(
+        bins, state, (indices, counts, limits) = select(
             shape, (*front, arguments[5], shift), noise, heads, heads, quantized, length, rule(0.9, certified)
         )
         again = mosaic_certified.select_again(bins, limits, front[3], quantized, length, sink=FIRST, deviations=K)
-        return indices, again, state, records
+        return indices, again, state
 
     text = kernel_text(monkeypatch, run, arguments[:5], arguments[6], noise, heads)
     assert "score_bins" in text and "compact" in text
@@ -356,6 +340,5 @@ class TestOnHopper:
         check_again(Shape(2, 8, 4, 10240, 128), jit=jax.jit)
 
     @pytest.mark.parametrize("shape", [Shape(1, 8, 4, 32768, 128), Shape(2, 2, 16, 2048, 64)], ids=str)
-    @pytest.mark.parametrize("recorded", [False, True])
-    def test_verified_attention(self, shape, recorded):
-        check_verified_attention(shape, recorded, kept_share=0.05)
+    def test_verified_attention(self, shape):
+        check_verified_attention(shape, kept_share=0.05)

@@ -11,6 +11,7 @@ from benchmarks.checks import check_superset
 from benchmarks.planting import planted_case
 from benchmarks.shapes import Shape, make_case
 from pallas_kernels import (
+    mosaic_attention,
     mosaic_bins,
     mosaic_certificate,
     mosaic_certified_threshold,
@@ -177,9 +178,12 @@ def check_selection(shape, sharpness, offset, *, top_p=0.9, jit=lambda run: run)
 def emulate(monkeypatch):
     emulator = Emulator()
     scores, thresholds = (mosaic_score_bins, mosaic_scorers), (mosaic_top_p_threshold, mosaic_certified_threshold)
-    attention = mosaic_found, mosaic_certificate, mosaic_parts, mosaic_verify, mosaic_extend, mosaic_warp_attention
-    for module in (mosaic_bins, *scores, *thresholds, mosaic_compact, mosaic_rules, *attention):
+    attention = mosaic_attention, mosaic_warp_attention, mosaic_found, mosaic_parts
+    certificates = mosaic_certificate, mosaic_verify, mosaic_extend
+    for module in (mosaic_bins, *scores, *thresholds, mosaic_compact, mosaic_rules, *attention, *certificates):
         monkeypatch.setattr(module, "m", emulator)
+    # An emulated block takes long.
+    monkeypatch.setattr(mosaic_attention, "BLOCKS", 5)
 
 
 @pytest.mark.parametrize(
