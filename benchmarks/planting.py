@@ -74,7 +74,8 @@ def spread_keys(prng_key: jax.Array, query: jax.Array, deviation: jax.Array, tok
     wide = query.astype(jnp.float32)
     one_nat = wide * head_dim**0.5 / jnp.sum(wide * wide, axis=-1, keepdims=True)
     along = (deviation[:, None, None, None] * one_nat).astype(jnp.bfloat16)
-    amount = jax.random.normal(amount_key, (batch, kv_heads, tokens, group), jnp.bfloat16)
+    # In bfloat16 there is no normal number above 2.7, and many are equal.
+    amount = jax.random.normal(amount_key, (batch, kv_heads, tokens, group)).astype(jnp.bfloat16)
     return noise + jnp.einsum("bktg,bkgd->bktd", amount, along)
 
 

@@ -55,8 +55,9 @@ def selections(rows: list[Row]) -> tuple[str, list[str]]:
     about = (
         "**A decode step of one layer by each selection**, on caches planted so that each attends to as many tokens, "
         f"beside plain selection in the same run ({provenance(rows, 'decode_attention_certified.json')}, and the file "
-        "beside it). Planted tokens all point along the query, and end at a cliff: their errors have much in common, "
-        "so that at a high p many heads go into certified selection's second round, which real ones seldom do."
+        "beside it). Unless a case says that logits are spread, planted tokens all point along the query, and end at a "
+        "cliff: their errors have much in common, so that at a high p many heads go into certified selection's second "
+        "round, which real ones seldom do."
     )
     head = (
         "case", "selection", "p", "attended", "mass held", "heads with a second round", "kernels, µs", "over plain",
@@ -218,8 +219,10 @@ def thousands(tokens: int) -> str:
 
 
 def provenance(rows: list[Row], name: str, folder: str = "benchmarks/results") -> str:
-    """Device, versions, commit and commands of the rows, which agree in all but the commands; the file in a folder."""
-    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
-    return (
-        f"{rows[0]['device']}, JAX {rows[0]['jax']}, commit {rows[0]['commit']}, {commands}, [{name}]({folder}/{name})"
-    )
+    """Device, versions, commit and commands of the rows; the file in a folder."""
+    runs: dict[str, dict[str, None]] = {}
+    for row in rows:
+        where = f"{row['device']}, JAX {row['jax']}, commit {row['commit']}"
+        runs.setdefault(where, {})[f"`{row['command']}`"] = None
+    runs_and_commands = "; ".join(f"{where}, {', '.join(commands)}" for where, commands in runs.items())
+    return f"{runs_and_commands}, [{name}]({folder}/{name})"

@@ -83,6 +83,9 @@ class TestPlanting:
         logits = np.asarray(exact_logits(query, cache))[0, :, :, : 1024 - ROOM]
         deviation = np.std(logits, axis=-1, keepdims=True)
         assert np.all(deviation > 1.5)
+        # Up to where 832 normal numbers reach, once in a thousand times not.
+        assert np.all((logits.max(-1) - logits.mean(-1)) / deviation[..., 0] > 2.4)
+        assert np.max((logits.max(-1) - logits.mean(-1)) / deviation[..., 0]) > 2.95
         # A normal distribution's quantiles, within some 4 standard errors of 832 tokens.
         for share, quantile in ((0.9, 1.28), (0.5, 0.0), (0.1, -1.28)):
             got = np.quantile((logits - logits.mean(-1, keepdims=True)) / deviation, share, axis=-1)
