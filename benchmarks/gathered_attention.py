@@ -16,7 +16,7 @@ from benchmarks.shapes import Case
 from benchmarks.suite import command, timed, weighed
 from rabitq_jax import RaBitQConfig
 from rabitq_jax._dispatch import on_gpu
-from rabitq_jax.gathered_attention import gathered_attention
+from rabitq_jax.gathered_attention import gathered_attention, gpu_implementation
 
 TOLERANCE = 1e-2
 
@@ -32,7 +32,7 @@ def measure(case: Case, config: RaBitQConfig, bandwidth: float) -> Iterator[dict
     times = timed(run, *inputs)
     moved = byte_counts.attention_bytes(cache, int(selection.counts.sum()))
     yield {
-        "implementation": "pallas" if on_gpu() else "xla",
+        "implementation": gpu_implementation(query, cache.keys) if on_gpu() else "xla",
         "error": error,
         **kept_facts(query, cache, selection),
         **times,

@@ -150,9 +150,7 @@ def spread_cache(
     prng_key: jax.Array, query: jax.Array, share: jax.Array, length: jax.Array, *, tokens: int, config: RaBitQConfig
 ) -> LayerCache:
     """As `planted_cache`, with spread logits."""
-    fill = functools.partial(
-        _fill, prng_key, query, length=length, tokens=tokens, config=config, make_keys=spread_keys
-    )  # fmt: skip
+    fill = functools.partial(_fill, prng_key, query, length=length, tokens=tokens, config=config, make_keys=spread_keys)
     low, high = (jnp.full(length.shape, deviation) for deviation in DEVIATIONS)
     for _ in range(HALVINGS):
         deviation = jnp.sqrt(low * high)

@@ -56,9 +56,7 @@ def attend(
       NotImplementedError: `mosaic_attention.takes` is False.
     """
     known = mosaic_attention.Known(bins=bins, scale=scale, quantized=quantized, limits=limits, rule=rule, sink=sink)
-    _, partial = mosaic_attention.attend(
-        query, keys, values, indices, counts, softmax_scale=softmax_scale, known=known
-    )  # fmt: skip
+    _, partial = mosaic_attention.attend(query, keys, values, indices, counts, softmax_scale=softmax_scale, known=known)
     verified = mosaic_verify.verify(
         partial, counts, scale, quantized, limits, state,
         group=query.shape[2], head_dim=query.shape[3], sink=sink, rule=rule,

@@ -144,14 +144,13 @@ class _Eight:
 
     def raise_peak(self, logits, valid):
         """The peak, and all that is in its units; returns the weights of these places, which it adds to the total."""
-        highest = functools.reduce(m.maximum, [m.select(v, x, LOWEST) for x, v in zip(logits, valid, strict=True)])
+        places = list(zip(logits, valid, strict=True))
+        highest = functools.reduce(m.maximum, [m.select(is_listed, x, LOWEST) for x, is_listed in places])
         for lanes in (1, 2):
             highest = m.maximum(highest, m.shuffle_xor(highest, lanes))
         peak = m.maximum(self.peak, highest)
         decay = exp(m.subtract_float(self.peak, peak))
-        weights = [
-            m.select(v, exp(m.subtract_float(x, peak)), 0.0) for x, v in zip(logits, valid, strict=True)
-        ]  # fmt: skip
+        weights = [m.select(is_listed, exp(m.subtract_float(x, peak)), 0.0) for x, is_listed in places]
         self.peak, self.total = peak, m.fma(self.total, decay, functools.reduce(m.add_float, weights))
         self.columns = [m.multiply_float(x, decay) for x in self.columns]
         return weights
@@ -187,9 +186,8 @@ class WarpAttention:
 
     def start(self):
         """What the warp has before its first token: numbers to be carried."""
-        return [
-            *[m.value(LOWEST), *[m.value(0.0)] * (_Eight.size(self.sizes) - 1)] * self.sizes.octets,
-        ]  # fmt: skip
+        zeros = [m.value(0.0)] * (_Eight.size(self.sizes) - 1)
+        return [m.value(LOWEST), *zeros] * self.sizes.octets
 
     def attend(self, begin, end, listed, carried):
         """What is carried, with the tokens of a list's places `begin` to `end`, of which every fourth 16 are this

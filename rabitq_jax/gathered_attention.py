@@ -77,6 +77,12 @@ IMPLEMENTATIONS = {
 }
 
 
+def gpu_implementation(query: jax.Array, keys: jax.Array) -> str:
+    """What `None` means on a GPU."""
+    takes = mosaic_attention.takes(query.shape[2], query.shape[3], keys.dtype.name)
+    return "mosaic" if on_hopper() and takes else "pallas"
+
+
 def gathered_attention(
     query, keys, values, indices, counts, *, softmax_scale: float, dtype=jnp.float32, implementation=None
 ) -> jax.Array:
@@ -100,6 +106,5 @@ def gathered_attention(
     """
     if query.shape[-1] != keys.shape[-1] or keys.shape != values.shape:
         raise ValueError(f"head dimensions differ: query {query.shape}, keys {keys.shape}, values {values.shape}")
-    takes = mosaic_attention.takes(query.shape[2], query.shape[3], keys.dtype.name)
-    attend = select(IMPLEMENTATIONS, implementation, gpu="mosaic" if on_hopper() and takes else "pallas")
+    attend = select(IMPLEMENTATIONS, implementation, gpu=gpu_implementation(query, keys))
     return attend(query, keys, values, indices, counts, softmax_scale=softmax_scale, dtype=dtype)

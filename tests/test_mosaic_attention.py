@@ -84,9 +84,8 @@ def test_a_key_that_is_not_finite_shows_in_an_emulator(bad, monkeypatch):
 
     def attend(n):
         count = jnp.array([[n]], jnp.int32)
-        return gathered_attention(
-            ones[:, :, :2], keys, ones, lists, count, softmax_scale=1.0, implementation="mosaic"
-        )  # fmt: skip
+        query = ones[:, :, :2]
+        return gathered_attention(query, keys, ones, lists, count, softmax_scale=1.0, implementation="mosaic")
 
     assert np.all(np.isnan(attend(101))) and np.all(np.isfinite(attend(100)))
 
