@@ -18,10 +18,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For tests whose time is mostly LLVM's, on a CPU; a GPU compiles as it does for users."""
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(request):
+    """The time of most tests is LLVM's, on a CPU; a GPU compiles as it does for users."""
+    is_quick = jax.default_backend() == "cpu" and not request.node.get_closest_marker("optimized")
+    jax.config.update("jax_disable_most_optimizations", is_quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

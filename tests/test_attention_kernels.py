@@ -16,7 +16,7 @@ from rabitq_jax.cache import init_layer_cache
 from rabitq_jax.config import RaBitQConfig
 from tests.kernel_cases import SHAPES, lengths, shares_of_best
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.kernel
 
 
 def random_scores(shape, sigma, seed):

@@ -36,7 +36,6 @@ from rabitq_jax.cache import init_layer_cache
 from rabitq_jax.top_p import select_reference
 from tests.test_lowering import kernel_text
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parent.parent
 CONFIG = RaBitQConfig()
 CASE = make_case(Shape(2, 1, 2, 1024, 64), name="tiny", lengths=(1024, 640), shares=(0.25, 0.4))

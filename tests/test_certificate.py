@@ -18,8 +18,6 @@ from rabitq_jax.threshold_selection import keep_by_thresholds
 from rabitq_jax.verified_attention import verified_attention
 from tests.test_attention import HEAD_DIM, HEADS, KV_HEADS, PROMPT, SMALL, decode, dense, filled_cache, prefill, prompt
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize("spread", ["normal", "heavy-tailed", "two values"])
 def test_debiased_mass_needs_no_prior(spread):

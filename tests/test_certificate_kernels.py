@@ -16,7 +16,7 @@ from rabitq_jax.threshold_selection import keep_by_thresholds
 from rabitq_jax.verified_attention import verified_attention
 from tests.kernel_cases import SHAPES, lengths
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.kernel
 
 find_bulk = jax.jit(thresholds.find_bulk, static_argnames=("deviations", "implementation"))
 keep = jax.jit(keep_by_thresholds, static_argnames=("implementation",))

@@ -11,8 +11,6 @@ from benchmarks.make_checkpoint import SHAPES, make_checkpoint
 from rabitq_jax.cli import commands, main
 from rabitq_jax.selectors import DoubleSparsity, make_selector
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PROMPT = "We the People of the United States, in Order to form a more perfect Union, establish Justice. " * 12
 
 

@@ -7,21 +7,24 @@ head-steps that do not depend on each other. 32 of them share a rotation.
 
 import jax
 import numpy as np
+import pytest
 from scipy.stats import binom
 
 from benchmarks import hard_heads
 from benchmarks.hard_heads import KINDS, KV_HEADS, QUERIES, measure_kind
 from rabitq_jax import RaBitQConfig, noisy_scores
 
+pytestmark = pytest.mark.optimized
+
 TOKENS = 1024
 FEW, MANY = 1280, 20480
 FALSE_ALARM = 1e-4
 
 
-def measure(kind, head_steps, *, size=2.0, grouped=False, **choices):
+def measure(kind, head_steps, *, tokens=TOKENS, size=2.0, grouped=False, **choices):
     """Arrays of so many head-steps."""
     rotations = head_steps // (KV_HEADS * QUERIES)
-    return measure_kind(jax.random.key(0), kind, TOKENS, rotations, RaBitQConfig(**choices), grouped=grouped, size=size)
+    return measure_kind(jax.random.key(0), kind, tokens, rotations, RaBitQConfig(**choices), grouped=grouped, size=size)
 
 
 def refused(failures, head_steps, failure_rate):
@@ -34,7 +37,7 @@ def test_certified_selection_holds_p():
     p, failure_rate = 0.95, 1e-3
     kept = {}
     for kind in KINDS:
-        found = measure(kind, MANY, top_p=p, selection="certified", failure_rate=failure_rate)
+        found = measure(kind, MANY, tokens=512, top_p=p, selection="certified", failure_rate=failure_rate)
         failures = np.sum(found["captured"] < p)
         assert not refused(failures, MANY, failure_rate), (kind, failures)
         # What is verified is what is captured.
@@ -44,13 +47,13 @@ def test_certified_selection_holds_p():
         assert np.mean(found["captured"] < found["bound"]) < 5 * failure_rate, kind
         # Nearly all heads are shown to hold p, and few take a second round for it.
         assert np.mean(found["certified"]) > 0.99 and np.mean(found["extended"]) < 0.1, kind
-        plain = measure(kind, FEW, top_p=p)
+        plain = measure(kind, FEW, tokens=512, top_p=p)
         assert np.mean(plain["captured"] < p) > 100 * failure_rate, kind
         assert plain["kept"].mean() < found["kept"].mean() < 0.8, kind
         kept[kind] = found["own_kept"].mean()
 
     # A larger failure rate keeps less. Aligned heads, whose errors depend on each other, come nearest to theirs.
-    found = measure("aligned", 5120, top_p=p, selection="certified", failure_rate=1e-2)
+    found = measure("aligned", 5120, tokens=512, top_p=p, selection="certified", failure_rate=1e-2)
     assert not refused(np.sum(found["captured"] < p), 5120, 1e-2)
     assert found["own_kept"].mean() < 0.98 * kept["aligned"]
 

@@ -15,7 +15,7 @@ from tests.kernel_cases import lengths
 from tests.test_lowering import kernel_text
 from tests.test_mosaic_kernels import emulate
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.kernel
 SHAPES = [
     Shape(2, 2, 4, 512, 128),
     Shape(1, 2, 5, 512, 64),

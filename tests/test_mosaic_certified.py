@@ -17,7 +17,7 @@ from rabitq_jax.thresholds import LEAST_SINGLE, SHARED, confidence
 from tests.test_lowering import kernel_text
 from tests.test_mosaic_kernels import FIRST, emulate, inputs, padded, prepared, ranges, zeros
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.kernel
 K = confidence(1e-3)
 
 

@@ -18,8 +18,6 @@ from tests.kernel_cases import SHAPES, lengths
 from tests.test_lowering import SHAPES as LOWERED
 from tests.test_lowering import array, kernel_text
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.key(3)
 CONFIG = RaBitQConfig(sink=5, recent=16, interval=64)
 

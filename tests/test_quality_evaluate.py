@@ -21,8 +21,6 @@ from rabitq_jax.selectors import FullAttention, Quest, TidalDecode, TopK
 from rabitq_jax.selectors.arguments import parse_selector
 from tests.checkpoints import TINY, load, write_model, write_tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.key(0)
 CONFIG = RaBitQConfig(top_p=0.7, dense_layers=1, sink=4, recent=8, interval=32)
 

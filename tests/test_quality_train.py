@@ -14,8 +14,6 @@ from benchmarks.byte_tokenizer import byte_tokenizer
 from benchmarks.quality import train
 from models import load_pretrained
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = dataclasses.replace(
     train.CONFIG, hidden_size=32, mlp_size=48, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16
 )

@@ -10,8 +10,6 @@ from benchmarks.quality.train import CONFIG
 from models import RETRIEVER, load_pretrained
 from rabitq_jax import RaBitQConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOKENS = 900
 
 

@@ -14,8 +14,6 @@ from rabitq_jax.selectors.arguments import parse_selector
 from rabitq_jax.selectors.tidal_decode import SharingLayer
 from tests.test_benchmarks import CASE, rows_of, run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def attention(problem):
     """float64 [P,H,T], exact, of the new token's queries."""

@@ -43,8 +43,6 @@ from rabitq_jax.selectors.tidal_decode import SelectingLayer, SharingLayer
 from tests.checkpoints import TINY, load, write_model
 from tests.selector_cases import BATCH, PROMPT, SHAPE, decode, filled_cache, inputs, softmax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PROMPTS = [np.random.default_rng(0).integers(0, 256, size).tolist() for size in (90, 40)]
 
 
