@@ -186,8 +186,8 @@ class WarpAttention:
 
     def start(self):
         """What the warp has before its first token: numbers to be carried."""
-        zeros = [m.value(0.0)] * (_Eight.size(self.sizes) - 1)
-        return [m.value(LOWEST), *zeros] * self.sizes.octets
+        eight = [m.value(LOWEST), *[m.value(0.0)] * (_Eight.size(self.sizes) - 1)]
+        return eight * self.sizes.octets
 
     def attend(self, begin, end, listed, carried):
         """What is carried, with the tokens of a list's places `begin` to `end`, of which every fourth 16 are this
