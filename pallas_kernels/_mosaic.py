@@ -115,13 +115,6 @@ def bfloat16_pair(word) -> tuple[ir.Value, ir.Value]:
     return as_float(left(word, 16)), as_float(bit_and(word, 0xFFFF0000))
 
 
-def float16_pair(word) -> tuple[ir.Value, ir.Value]:
-    """The two float16 of a word, low half first, as f32."""
-    text = "{{ .reg .b16 low, high; mov.b32 {{low, high}}, $1; cvt.f32.f16 $0, {}; }}"
-    low, high = (ptx(text.format(half), [word], "f")[0] for half in ("low", "high"))
-    return low, high
-
-
 def thread_index() -> ir.Value:
     return utils.thread_idx()
 

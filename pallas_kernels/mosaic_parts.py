@@ -1,7 +1,8 @@
 """Parts of attention, one warp a query head: outputs rescaled to the largest peak, sums, added up; for Hopper GPUs.
 
 warp     16 or 32 columns at a time: lane = 4 columns of one of 8 or 4 parts at a time; up to 9 parts of each are
-         under way at once, so that a usual number of parts takes one round
+         under way at once, so that a usual number of parts takes one round; or all columns, 32 parts at a time, where
+         no other warps help
 """
 
 import functools

@@ -6,7 +6,7 @@ warp      16 places of a list of tokens at a time; lane 4 g + t, of each eight h
           weights x values    head g, of every 64 columns 16 t .. 16 t + 15
           terms               of what was found (mosaic_found.py), as the softmax; up to four heads take half a warp,
                               so that its other half has half of the places
-          What a lane reads is copied to its own words of shared memory, some tiles ahead.
+          What a lane reads is copied to its own words of shared memory, a tile ahead.
 block     the parts of its warps, added up by a warp for a head
 """
 
