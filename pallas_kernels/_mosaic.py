@@ -250,10 +250,16 @@ def store_shared(at, values, *, offset: int = 0) -> None:
     ptx(f"st.shared{vector}.b32 [$0+{offset}], {_operands(1, len(values))};", [at, *values], effects=True)
 
 
-def copy(at_shared, at, *, words: int, shared_offset: int = 0, offset: int = 0) -> None:
+def load_matrices(at, number: int, *, offset: int = 0) -> list[ir.Value]:
+    """ldmatrix: of `number` (2 or 4) matrices of 8 rows of 16 bytes in shared memory, word t of row g to lane 4 g + t.
+    Lane 8 i + g has the address of row g of matrix i."""
+    text = f"ldmatrix.sync.aligned.m8n8.x{number}.shared.b16 {_operands(0, number)}, [${number}+{offset}];"
+    return ptx(text, [at], "r" * number, effects=True)
+
+
+def copy(at_shared, at, *, words: int, shared_offset: int = 0, offset: int = 0, where=None) -> None:
     """Begin to copy `words` (1 or 4) neighbouring words from global to shared memory; offsets in bytes."""
-    text = f"cp.async.ca.shared.global [$0+{shared_offset}], [$1+{offset}], {4 * words};"
-    ptx(text, [at_shared, at], effects=True)
+    _where(where, f"cp.async.ca.shared.global [$0+{shared_offset}], [$1+{offset}], {4 * words};", [at_shared, at])
 
 
 def end_copies() -> None:
@@ -356,11 +362,26 @@ def high_halves(a, b) -> ir.Value:
     return ptx("prmt.b32 $0, $1, $2, 0x7632;", [a, b], "r")[0]
 
 
-def pack_bytes(words) -> ir.Value:
-    """The lowest bytes of four words, first lowest."""
-    low = ptx("prmt.b32 $0, $1, $2, 0x0040;", words[:2], "r")[0]
-    high = ptx("prmt.b32 $0, $1, $2, 0x0040;", words[2:], "r")[0]
+def second_byte(x) -> ir.Value:
+    """The second lowest byte of a word."""
+    return ptx("prmt.b32 $0, $1, $2, 0x4441;", [x, 0], "r")[0]
+
+
+def with_lowest_byte(word, x) -> ir.Value:
+    """A word, but for its lowest byte, which is that of x."""
+    return ptx("prmt.b32 $0, $1, $2, 0x7650;", [x, word], "r")[0]
+
+
+def pack_second_bytes(words) -> ir.Value:
+    """The second lowest bytes of four words, first lowest."""
+    low = ptx("prmt.b32 $0, $1, $2, 0x0051;", words[:2], "r")[0]
+    high = ptx("prmt.b32 $0, $1, $2, 0x0051;", words[2:], "r")[0]
     return low_halves(low, high)
+
+
+def larger_halves(a, b) -> ir.Value:
+    """The larger of two words' bfloat16, half by half; a NaN loses."""
+    return ptx("max.bf16x2 $0, $1, $2;", [a, b], "r")[0]
 
 
 def majority(a, b, c) -> ir.Value:
@@ -429,6 +450,11 @@ def minimum(a, b) -> ir.Value:
 def maximum(a, b) -> ir.Value:
     """The larger f32; a NaN loses."""
     return ptx("max.f32 $0, $1, $2;", [a, b], "f")[0]
+
+
+def maximum_or_nan(a, b) -> ir.Value:
+    """The larger f32; NaN if one is."""
+    return ptx("max.NaN.f32 $0, $1, $2;", [a, b], "f")[0]
 
 
 def when(condition, body) -> None:

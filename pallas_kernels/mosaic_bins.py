@@ -2,7 +2,8 @@
 
 From a score z and a head's `base` to a bin, kept as a byte:
 
-    depth = 8 (base - z);   bin = depth, rounded down, from 0 (above base; NaN, infinity) to 255 (31.9 nats below)
+    depth = 8 (base - z), to the nearest 1/256
+    bin = depth, rounded down, from 0 (above base; NaN, infinity) to 255 (31.9 nats below)
 
 Bytes lie in words [B,K,T/8,G,2], lowest first: 8 tokens of each query head in turn, so that what is known of a token is
 in one place.
@@ -53,7 +54,7 @@ def state_words(heads: int, blocks: int) -> int:
 class State:
     """Where a row's numbers lie in the state.
 
-    bins [H,256,2]: sums of places, and counts; above [H,256]: 256 times as many tokens as are surely i to i + 1 bins
+    bins [H,256,2]: sums of places, and counts, but for the last bin's; above [H,256]: 256 times as many tokens as are surely i to i + 1 bins
     above base; peaks [H], as unsigned numbers in the order of the f32; the bits of the largest scale [1]; whether a
     head is short [1], of `mosaic_verify`; tickets [1], of `mosaic_extend`; blocks [N], for `mosaic_compact`.
     """
@@ -84,10 +85,12 @@ class State:
         return m.address(self._ref, m.add(self._start, m.add(index, self._heads * (3 * BINS + 1) + 3)))
 
 
-def counts_and_peaks(state, heads: int):
-    """From a state [...,Z]: sums of places and counts int32 [...,H,256,2], and the largest scores float32 [...,H], NaN
-    and infinity counting as 3e38 (-inf if there is none)."""
+def counts_and_peaks(state, heads: int, scored):
+    """From a state [B,K,Z], of tokens scored int32 [B]: sums of places and counts int32 [B,K,H,256,2], and the largest
+    scores float32 [B,K,H], NaN and infinity counting as 3e38 (-inf if there is none)."""
     counts = state[..., : heads * 2 * BINS].reshape(*state.shape[:-1], heads, BINS, 2)
+    last = scored[:, None, None] - jnp.sum(counts[..., :-1, 1], axis=-1)
+    counts = counts.at[..., -1, 1].set(last)
     key = state[..., heads * 3 * BINS : heads * (3 * BINS + 1)]
     bits = jnp.where(key < 0, key & 0x7FFFFFFF, ~key)
     return counts, jnp.where(key == 0, -jnp.inf, jax.lax.bitcast_convert_type(bits, jnp.float32))

@@ -70,13 +70,12 @@ def store_numbers(numbers, ref, place):
         m.store(at, [m.as_int(x) for x in numbers[i : i + 4]], offset=4 * i)
 
 
-def limits_of_second_round(rule: Rule, lane, state: State, head, limits, certificate):
+def limits_of_second_round(rule: Rule, lane, state: State, head, scored, limits, certificate):
     """Lower limits where the bound is below p, and 1 in place of the largest scale; as they were, and 0, elsewhere."""
     attended, own, rest, bulk, _, bound = certificate
     if not rule.certified or rule.top_p == 1:
         return [*limits[:-1], m.value(0.0)]
     is_short = m.less_float(bound, rule.top_p)
-    lowered = m.update(
-        is_short, limits, lambda limits: lower_limits(rule, lane, state, head, limits, (attended, own, rest, bulk))
-    )
+    known = attended, own, rest, bulk
+    lowered = m.update(is_short, limits, lambda limits: lower_limits(rule, lane, state, head, scored, limits, known))
     return [*lowered[:-1], m.select(is_short, 1.0, 0.0)]

@@ -40,10 +40,9 @@ class Rule:
     largest_log: float
 
 
-def find_limits(rule: Rule, lane, state: State, head, base, exact_lse, noise):
-    """A head's limits, `LIMITS` f32, the same in all lanes."""
-    words, above = load_bins(state, head, lane)
-    places, counts = words[::2], words[1::2]
+def find_limits(rule: Rule, lane, state: State, head, scored, base, exact_lse, noise):
+    """A head's limits, `LIMITS` f32, the same in all lanes, of so many tokens scored."""
+    places, counts, above = load_bins(state, head, lane, scored)
     lower, upper, peak = bin_masses(lane, places, counts, above, base, from_key(m.load(state.peak(head))[0]))
     total = m.add_float(exact_mass(exact_lse, peak), warp_sum(_sum(lower), m.add_float))
     largest_scale = m.as_float(m.load(state.largest_scale())[0])
@@ -60,7 +59,7 @@ def find_limits(rule: Rule, lane, state: State, head, base, exact_lse, noise):
     return [noise, peak, base, m.to_float(kept), depth, below, total, largest_scale]
 
 
-def lower_limits(rule: Rule, lane, state: State, head, limits, known):
+def lower_limits(rule: Rule, lane, state: State, head, scored, limits, known):
     """`rabitq_jax.thresholds.extended_thresholds`: limits of a head that is short, the same in all lanes.
 
     Args:
@@ -68,8 +67,7 @@ def lower_limits(rule: Rule, lane, state: State, head, limits, known):
     """
     noise, peak, base, kept, depth, below, total, largest_scale = limits
     attended, own, rest, bulk = known
-    words, above = load_bins(state, head, lane)
-    places, counts = words[::2], words[1::2]
+    places, counts, above = load_bins(state, head, lane, scored)
     _, upper, _ = bin_masses(lane, places, counts, above, base, from_key(m.load(state.peak(head))[0]))
     budget = m.multiply_float(attended, rule.left_out / rule.top_p)
     others = m.maximum(m.subtract_float(attended, own), 0.0)

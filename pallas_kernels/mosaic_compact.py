@@ -171,7 +171,8 @@ def _kernel(sizes: _Sizes, bins, *refs):
 
     def run():
         first_words = load_words(bins, row, _token(start, 0), sizes.group, sizes.tokens)
-        _find_limits(sizes, row, block, inputs, state, reports, shared)
+        scored = m.maximum_signed(m.subtract(quantized, sizes.sink), 0)
+        _find_limits(sizes, row, block, scored, inputs, state, reports, shared)
         m.barrier()
         masks = _masks(sizes, bins, inputs, row, first_words, start, quantized, length, shared)
         place, before, total = _places(sizes, masks, block, state, shared)
@@ -190,13 +191,13 @@ def _token(start, i):
     return m.add(m.add(start, m.multiply(i, PASS_TOKENS)), m.multiply(m.thread_index(), LANE_TOKENS))
 
 
-def _find_limits(sizes: _Sizes, row, block, inputs, state, reports, shared):
+def _find_limits(sizes: _Sizes, row, block, scored, inputs, state, reports, shared):
     """What each head keeps, to shared memory, the rule's words [WORDS,H]; the first block of a row reports."""
     warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), 31)
     for group in range(sizes.heads // 4):
         head = m.add(warp, 4 * group)
         place = m.add(m.multiply(row, sizes.heads), head)
-        words, report = sizes.rule.find(inputs, place, head, lane, state)
+        words, report = sizes.rule.find(inputs, place, head, lane, state, scored)
 
         def store(head=head, place=place, words=words, report=report):
             for i, word in enumerate(words):

@@ -73,8 +73,9 @@ class Rule:
         del inputs, row
         return length
 
-    def find(self, inputs, place, head, lane, state: State):
-        """A head's words, the same in all lanes; and a function of the arrays of reports and the place there."""
+    def find(self, inputs, place, head, lane, state: State, scored):
+        """A head's words, the same in all lanes, of so many tokens scored; and a function of the arrays of reports and
+        the place there."""
         raise NotImplementedError
 
     def more(self, heads: int, tokens: int, inputs, row, token, words, bits, shared):
@@ -90,11 +91,11 @@ class TopP(Rule):
     top_p: float
     INPUTS, WORDS = 2, 1
 
-    def find(self, inputs, place, head, lane, state: State):
+    def find(self, inputs, place, head, lane, state: State, scored):
         top, lse = _load_floats(inputs, place)
         peak = t.from_key(m.load(state.peak(head))[0])
-        words, above = t.load_bins(state, head, lane)
-        kept, tokens, share = t.threshold(self.top_p, lane, words[::2], words[1::2], above, top, peak, lse)
+        places, counts, above = t.load_bins(state, head, lane, scored)
+        kept, tokens, share = t.threshold(self.top_p, lane, places, counts, above, top, peak, lse)
 
         def report(reports, place):
             m.store(m.address(reports[0], place), [tokens])
@@ -175,9 +176,9 @@ class Weights(_ByDeviation):
     def margin(self) -> bool:
         return self.rule.certified
 
-    def find(self, inputs, place, head, lane, state: State):
+    def find(self, inputs, place, head, lane, state: State, scored):
         top, lse, noise = _load_floats(inputs[:3], place)
-        limits = certified.find_limits(self.rule, lane, state, head, top, lse, noise)
+        limits = certified.find_limits(self.rule, lane, state, head, scored, top, lse, noise)
 
         def report(reports, place):
             at = m.address(reports[0], m.multiply(place, LIMITS))
@@ -200,7 +201,7 @@ class Given(_ByDeviation):
         marks = [m.as_float(m.load(at, offset=4 * (LIMITS * head + LIMITS - 1))[0]) for head in range(self.group)]
         return m.select(functools.reduce(m.either, [m.less_float(0.0, mark) for mark in marks]), length, 0)
 
-    def find(self, inputs, place, head, lane, state: State | None):
+    def find(self, inputs, place, head, lane, state: State | None, scored):
         return self.words(load_limits(inputs[0], place)), lambda reports, place: None
 
     def words(self, limits):

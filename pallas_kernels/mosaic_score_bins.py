@@ -2,7 +2,7 @@
 
 Warps score (mosaic_scorers.py). Counts of bins, and sums of depth - bin in steps of 1/256, gather in shared memory,
 both in one word, and are added to the row's at the end of a block of tokens. They are integers, so the result is the
-same in every run.
+same in every run. Tokens of the last bin are not counted: they are the rest of those scored.
 
 Bin 0 says little of scores above base. But each lane knows the largest of its own. The exponentials of those above
 base, added up over a warp, are worth so many tokens of the warp's largest score, and no more than the warp holds: the
@@ -20,17 +20,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
-from pallas_kernels.mosaic_bins import BINS, HEADS, State
-from pallas_kernels.mosaic_scorers import (
-    LEAST_BLOCK_TOKENS,
-    STEP_TOKENS,
-    NoisyScorer,
-    Scorer,
-    Sizes,
-    clear_shared,
-)
+from pallas_kernels.mosaic_bins import HEADS, State
+from pallas_kernels.mosaic_code_copies import STEP_TOKENS
+from pallas_kernels.mosaic_scorers import LEAST_BLOCK_TOKENS, NoisyScorer, Scorer, Sizes, clear_shared
 
-BLOCK_TOKENS = 1024
+BLOCK_TOKENS = 2048
 
 
 def takes(tokens: int, words: int, centroids: int) -> bool:
@@ -79,7 +73,7 @@ def score_bins(
         name="score_bins",
         out_type=jax.ShapeDtypeStruct((batch, kv_heads, tokens // 8, group, 2), jnp.int32),
         blocks=batch * kv_heads * (tokens // block),
-        shared_words=heads * BINS + heads,
+        shared_words=sizes.counter_words + sizes.run.shared_words,
     )(planes, factors, base, shift, bits, scale, *optional, stop, state)
 
 
@@ -98,12 +92,10 @@ def _kernel(sizes: Sizes, planes, factors, base, shift, bits, scale, *rest):
     shared = m.shared_address(shared)
 
     def run(all_scored: bool):
-        clear_shared(sizes, shared)
-        scorer = NoisyScorer if sizes.noisy else Scorer
         arrays = planes, factors, base, shift, bits, scale, bias, noise, bins
-        score = scorer(sizes, row, stop, *arrays, shared, all_scored)
-        peaks = m.loop(sizes.block // LEAST_BLOCK_TOKENS, score.no_peaks(), lambda i, peaks: score(start, i, peaks))
-        score.flush(peaks, State(state, row, sizes.padded, sizes.state_words))
+        scorer = (NoisyScorer if sizes.noisy else Scorer)(sizes, row, start, stop, *arrays, shared, all_scored)
+        clear_shared(sizes, shared)
+        scorer.flush(scorer.run(), State(state, row, sizes.padded, sizes.state_words))
 
     # Most blocks are scored as a whole, and need not ask token by token.
     whole = m.both(m.not_less(start, sizes.first), m.not_less(stop, end))

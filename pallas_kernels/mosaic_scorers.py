@@ -12,11 +12,17 @@ fragments as they lie in memory; the columns are bit planes of INT4 queries.
 Codes of 64 bits lie two to a row; the columns then come twice, for the even tokens and for the odd ones, with zeros
 over the other token's words. Longer codes take several products, one for each 4 words.
 
-A warp scores 32 tokens at a time, in two products of 16; lane 4 g + t ends with tokens 4 g .. 4 g + 3 of head t.
+A warp scores 32 tokens at a time, in two products of 16; lane 4 g + t ends with tokens 4 g .. 4 g + 3 of head t. Codes
+come by way of shared memory, where they are some steps before they are scored (mosaic_code_copies.py).
+
+A depth becomes an integer of 16 bits, in steps of 1/256 of a bin: its second byte is the bin, the lowest one the place
+in it.
 """
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import (
@@ -28,14 +34,17 @@ from pallas_kernels.mosaic_bins import (
     State,
     word_of,
 )
+from pallas_kernels.mosaic_code_copies import STAGES, STEP_TOKENS, WARPS, CodeCopies, RunSizes
 
-STEP_TOKENS = 32
-WARPS = 4
 LEAST_BLOCK_TOKENS = STEP_TOKENS * WARPS
-# A word counts a block's tokens in 12 bits, above 20 bits for the sum of their places in a bin, of 0 to 256 each.
+# A word counts a block's tokens in 12 bits, above 20 bits for the sum of their places in a bin, of 0 to 255 each.
 COUNT_BITS = 20
-# The bits of 1.5 * 2^23 as a float32: plus an integer n, they are those of 1.5 * 2^23 + n.
-MAGIC = 0x4B400000
+# Steps of a loop's round.
+IN_ROW = 1
+# The deepest that is told from less deep; depths are shares of it.
+DEEPEST = BINS - 1 / PLACES
+# 1.5 * 2^23: plus an integer n, it has n in its lowest bits.
+MAGIC = 1.5 * 2.0**23
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,33 +65,46 @@ class Sizes:
     def padded(self) -> int:
         return HEADS * self.groups
 
+    @property
+    def run(self) -> RunSizes:
+        """Of each warp of a block."""
+        arrays = 1 if self.bias_gain is None else 2
+        return RunSizes(steps=self.block // LEAST_BLOCK_TOKENS, words=self.words, arrays=arrays)
+
+    @property
+    def counter_words(self) -> int:
+        """Of shared memory: bins of each head, and peaks."""
+        return self.padded * (BINS + 1)
+
 
 class Scorer:
     """One lane's registers for a row: addresses, B fragments, and factors of its heads."""
 
     def __init__(
-        self, sizes: Sizes, row, stop, planes, factors, base, shift, bits, scale, bias, noise, bins, shared,
+        self, sizes: Sizes, row, start, stop, planes, factors, base, shift, bits, scale, bias, noise, bins, shared,
         all_scored: bool,
     ):  # fmt: skip
         lane, self.warp = m.bit_and(m.thread_index(), 31), m.right(m.thread_index(), 5)
         self.quad, self.t = m.right(lane, 2), m.bit_and(lane, 3)
         self.sizes, self.row, self.stop, self.all_scored = sizes, row, stop, all_scored
-        self.shift, self.bits, self.scale, self.bias, self.bins, self.shared = shift, bits, scale, bias, bins, shared
+        self.shift, self.bins, self.shared = shift, bins, shared
+        self.start = m.add(start, m.multiply(self.warp, sizes.run.steps * STEP_TOKENS))
+        first = m.add(m.multiply(row, sizes.tokens), self.start)
+        self.copies = CodeCopies(sizes.run, first, bits, [scale, *bias], m.add(shared, 4 * sizes.counter_words))
+        self.copies.begin()
         self.columns = self._load_columns(planes)
         self.factors, self.bases = [], []
         for h in range(sizes.groups):
             gain, minus_sum = map(m.as_float, m.load(m.address(factors, m.left(self._head(h), 1)), words=2))
             self.bases.append(m.as_float(m.load(m.address(base, self._head(h)))[0]))
-            # Half a bin less: the conversion to an integer rounds to nearest.
-            top = m.fma(self.bases[-1], BINS_PER_NAT / (BINS - 1), -0.5 / (BINS - 1))
-            self.factors.append((m.add_float(gain, gain), m.multiply_float(gain, minus_sum), top))
+            self.factors.append(_Factors.of(gain, minus_sum, self.bases[-1]))
         self.half_variances = [self._half_variance(noise, h) for h in range(sizes.groups)] if sizes.noisy else []
 
     def _half_variance(self, noise, h):
         """Of a unit of scale, of this lane's head of group h: - sd^2 / 2, and - sd^2 as a depth."""
         deviation = m.as_float(m.load(m.address(noise, self._head(h)))[0])
         variance = m.multiply_float(deviation, deviation)
-        return m.multiply_float(variance, -0.5), m.multiply_float(variance, -BINS_PER_NAT / (BINS - 1))
+        return m.multiply_float(variance, -0.5), m.multiply_float(variance, -BINS_PER_NAT / DEEPEST)
 
     def _head(self, h):
         """Index in [R,H] of this lane's head of group h."""
@@ -107,84 +129,93 @@ class Scorer:
     def no_peaks(self):
         return [m.value(float("-inf"))] * self.sizes.groups
 
-    def __call__(self, start, i, peaks):
-        """Score the next of this warp's tokens; returns the largest scores so far, one a group."""
-        first = m.add(m.add(start, m.multiply(i, LEAST_BLOCK_TOKENS)), m.multiply(self.warp, STEP_TOKENS))
-        token = m.add(first, m.multiply(self.quad, 4))
-        return self._score(token, *self._load(token), peaks)
+    def run(self):
+        """Score this warp's tokens; returns the largest scores, one a group."""
+        steps, groups = self.sizes.run.steps, self.sizes.groups
+        in_row = math.gcd(steps, IN_ROW)
 
-    def _load(self, token):
-        """A fragments of tokens .. + 3, [row][step of 4 words]; their scales; biases or None; shifts, one a group."""
+        def some(i, carried):
+            for j in range(in_row):
+                step = m.add(m.multiply(i, in_row), j)
+                stage = m.bit_and(step, STAGES - 1)
+                following = self._shifts(m.minimum_signed(m.add(step, 1), steps - 1))
+                self.copies.arrive(step, stage)
+                carried = [*following, *self._score(step, stage, carried[:groups], carried[groups:])]
+            return carried
+
+        return m.loop(steps // in_row, [*self._shifts(m.value(0)), *self.no_peaks()], some)[groups:]
+
+    def _first_token(self, i):
+        """Of step i, in the row."""
+        return m.add(self.start, m.multiply(i, STEP_TOKENS))
+
+    def _shifts(self, i):
+        """Of step i, one a group."""
         sizes = self.sizes
-        at = m.add(m.multiply(self.row, sizes.tokens), token)
-        words = m.address(self.bits, m.add(m.multiply(at, sizes.words), self.t))
-        row_words = max(sizes.words, 4)
-        fragments = [
-            [m.load(words, offset=4 * (row * row_words + 4 * k))[0] for k in range(row_words // 4)]
-            for row in range(4 * sizes.words // row_words)
-        ]
-        scale, *bias = (
-            [x for w in m.load(m.address(x, m.right(at, 1)), words=2) for x in m.bfloat16_pair(w)]
-            for x in (self.scale, *self.bias)
-        )
-        centroid = m.divide(token, sizes.tokens // sizes.centroids)
-        shifts = [
+        centroid = m.divide(self._first_token(i), sizes.tokens // sizes.centroids)
+        return [
             m.as_float(m.load(m.address(self.shift, m.add(m.multiply(self._head(h), sizes.centroids), centroid)))[0])
             for h in range(sizes.groups)
         ]
-        return fragments, scale, bias[0] if bias else None, shifts
 
-    def _score(self, token, fragments, scale, bias, shifts, peaks):
+    def _score(self, i, stage, shifts, peaks):
         """Bins of four tokens for this lane's head of each group: stored, and counted where they are in range."""
         sizes = self.sizes
+        token = m.add(self._first_token(i), m.left(self.quad, 2))
+        fragments, (scale_words, *bias_words) = self.copies.fragments(stage), self.copies.halves(i)
+        scale = [x for word in scale_words for x in m.bfloat16_pair(word)]
         # Unsigned: a token before the first one is far above.
         scored = [
             None
             if self.all_scored
-            else m.less(m.subtract(m.add(token, i), sizes.first), m.subtract(self.stop, sizes.first))
-            for i in range(4)
+            else m.less(m.subtract(m.add(token, j), sizes.first), m.subtract(self.stop, sizes.first))
+            for j in range(4)
         ]
         for h in range(sizes.groups):
-            gain, offset, _ = self.factors[h]
             dots = _dots(fragments, self.columns[h])
-            scores = [_affine(dots[i], gain, offset, scale[i], shifts[h]) for i in range(4)]
-            if bias is not None:
+            scores = [self.factors[h].score(dots[j], scale[j], shifts[h]) for j in range(4)]
+            for words in bias_words:
+                bias = [x for word in words for x in m.bfloat16_pair(word)]
                 scores = [m.fma(x, sizes.bias_gain, z) for x, z in zip(bias, scores, strict=True)]
-            packed, peaks = self.see_scores(h, scores, scale, scored, peaks)
+            packed, peaks = self.see_scores(h, scores, scale, scale_words, scored, peaks)
             head = m.add(self.t, HEADS * h)
             word = word_of(self.row, token, head, sizes.group, sizes.tokens)
             real = None if HEADS * h + HEADS <= sizes.group else m.less(head, sizes.group)
-            m.store(m.address(self.bins, word), [m.pack_bytes(packed)], where=real)
+            m.store(m.address(self.bins, word), [packed], where=real)
         return peaks
 
-    def see_scores(self, h, scores, scales, scored, peaks):
-        """Count four tokens' scores in their bins: i32 whose lowest bytes these are; and the largest scores so far."""
-        del scales
+    def see_scores(self, h, scores, scales, scale_words, scored, peaks):
+        """Count four tokens' scores in their bins: a word of these; and the largest scores so far."""
+        del scales, scale_words
         depths, peak = self._count(h, scores, scored, peaks[h])
-        return [m.as_int(bin_) for bin_, _ in depths], [*peaks[:h], peak, *peaks[h + 1 :]]
+        return m.pack_second_bytes([steps for steps, _ in depths]), [*peaks[:h], peak, *peaks[h + 1 :]]
 
     def _count(self, h, scores, scored, peak):
-        """Bins and depths, as `_bin` gives them, and the largest score so far."""
+        """Depths of scores, as integers of `_steps` and from 0 to 1; and the largest score so far, or NaN."""
         depths = []
         for z, is_scored in zip(scores, scored, strict=True):
-            larger = m.maximum(peak, m.minimum(z, 3e38))
+            larger = m.maximum_or_nan(peak, z)
             peak = larger if is_scored is None else m.select(is_scored, larger, peak)
-            bin_, depth = _bin(z, self.factors[h][2])
-            # 1, above its place in the bin.
-            one = m.fma(_place(bin_, depth), float(PLACES), 2.0**23 + 2**COUNT_BITS + PLACES // 2)
-            self._add(h, bin_, m.bit_and(m.as_int(one), 2**23 - 1), is_scored)
-            depths.append((bin_, depth))
+            depth = _saturate(z, -BINS_PER_NAT / DEEPEST, self.factors[h].top)
+            steps = _steps(depth)
+            # 1, above its place in the bin. Of sharp heads most tokens would meet in the last one.
+            bin_ = m.second_byte(steps)
+            is_counted = m.less(bin_, BINS - 1)
+            is_counted = is_counted if is_scored is None else m.both(is_scored, is_counted)
+            self._add(h, bin_, m.with_lowest_byte(1 << COUNT_BITS, steps), is_counted)
+            depths.append((steps, depth))
         return depths, peak
 
     def _add(self, h, bin_, word, where):
         """Add to the word of a bin in shared memory, [group][bin][head of 4]."""
-        place = m.add(m.left(m.bit_and(m.as_int(bin_), BINS - 1), 4), m.left(self.t, 2))
-        m.add_shared(m.add(self.shared, place), word, offset=4 * HEADS * BINS * h, where=where)
+        mine = m.add(self.shared, m.left(self.t, 2))
+        m.add_shared(m.add(m.left(bin_, 4), mine), word, offset=4 * HEADS * BINS * h, where=where)
 
     def flush(self, peaks, state: State):
         """Add the block's bins, and its largest scores, one a group and lane, to the row's."""
         sizes, shared, lane = self.sizes, self.shared, m.bit_and(m.thread_index(), 31)
         for h, (mine, base) in enumerate(zip(peaks, self.bases, strict=True)):
+            mine = m.minimum(mine, 3e38)
             peak = mine
             for lanes in (4, 8, 16):
                 peak = m.maximum(peak, m.shuffle_xor(peak, lanes))
@@ -216,39 +247,72 @@ class Scorer:
 
 class NoisyScorer(Scorer):
     """Of scores with noise: counts debiased logits z - sd^2 / 2, and gives the bins of z + sd^2 / 2. Carries the
-    largest scale besides."""
+    largest scale besides, as two bfloat16 of which the larger one counts."""
 
     def no_peaks(self):
-        return [*super().no_peaks(), m.value(0.0)]
+        return [*super().no_peaks(), m.value(0)]
 
-    def see_scores(self, h, scores, scales, scored, peaks):
+    def see_scores(self, h, scores, scales, scale_words, scored, peaks):
         minus_half, over = self.half_variances[h]
         squares = [m.multiply_float(scale, scale) for scale in scales]
         debiased = [m.fma(square, minus_half, z) for square, z in zip(squares, scores, strict=True)]
         depths, peak = self._count(h, debiased, scored, peaks[h])
         # z + sd^2 / 2 is sd^2 less deep, and at most that where the last bin has cut a depth off.
-        raised = [_raise(square, over, depth) for square, (_, depth) in zip(squares, depths, strict=True)]
-        largest = self._largest_scale(peaks[-1], scales, scored) if h == 0 else peaks[-1]
-        return [m.as_int(_bin_at(depth)) for depth in raised], [*peaks[:h], peak, *peaks[h + 1 : -1], largest]
+        raised = [_saturate(square, over, depth) for square, (_, depth) in zip(squares, depths, strict=True)]
+        packed = m.pack_second_bytes([_steps(depth) for depth in raised])
+        largest = self._largest_scale(peaks[-1], scale_words, scored) if h == 0 else peaks[-1]
+        return packed, [*peaks[:h], peak, *peaks[h + 1 : -1], largest]
 
-    def _largest_scale(self, largest, scales, scored):
-        for scale, is_scored in zip(scales, scored, strict=True):
-            larger = m.maximum(largest, scale)
-            largest = larger if is_scored is None else m.select(is_scored, larger, largest)
+    def _largest_scale(self, largest, words, scored):
+        for word, first, second in zip(words, scored[::2], scored[1::2], strict=True):
+            if not self.all_scored:
+                low, high = m.select(first, 0xFFFF, 0), m.select(second, 0xFFFF0000, 0)
+                word = m.bit_and(word, m.bit_or(low, high))
+            largest = m.larger_halves(largest, word)
         return largest
 
     def flush(self, peaks, state: State):
         *peaks, largest = peaks
         # The lanes of a quad have seen the same tokens.
         for lanes in (4, 8, 16):
-            largest = m.maximum(largest, m.shuffle_xor(largest, lanes))
+            largest = m.larger_halves(largest, m.shuffle_xor(largest, lanes))
+        largest = m.maximum(*m.bfloat16_pair(largest))
         raise_largest = functools.partial(m.max_global, state.largest_scale(), m.as_int(largest))
         m.when(m.less(m.bit_and(m.thread_index(), 31), 1), raise_largest)
         super().flush(peaks, state)
 
 
+@dataclasses.dataclass
+class _Factors:
+    """A head's, that scores are made with: the gain; minus gain MAGIC, which is exact; the bits of MAGIC, less the sum
+    of levels; and where the first bin begins, as a depth."""
+
+    gain: Any
+    minus_magic: Any
+    bits: Any
+    top: Any
+
+    @classmethod
+    def of(cls, gain, minus_sum, base):
+        # Of 22 bits, so that a product with MAGIC, which has two, is exact.
+        gain = m.as_float(m.bit_and(m.add(m.as_int(gain), 2), 0xFFFFFFFC))
+        return cls(
+            gain,
+            m.multiply_float(gain, -MAGIC),
+            m.as_int(m.add_float(minus_sum, MAGIC)),
+            m.multiply_float(base, BINS_PER_NAT / DEEPEST),
+        )
+
+    def score(self, planes, scale, shift):
+        """gain (2 <u, bits> - sum of u) scale + shift, of the products with bit planes of four weights."""
+        low, high = (planes[0], planes[1]), (planes[2], planes[3])
+        twice_low = m.left(m.add(low[0], m.left(low[1], 1)), 1)
+        dot = m.add(m.add(twice_low, self.bits), m.left(m.subtract(high[0], m.left(high[1], 1)), 3))
+        return m.fma(m.fma(self.gain, m.as_float(dot), self.minus_magic), scale, shift)
+
+
 def _dots(fragments, columns):
-    """Integer products <u, bits> of four tokens in order, as i32 with MAGIC added."""
+    """The products of four tokens in order with bit planes 0 to 3."""
     if len(fragments) == 2:  # two tokens a row
         even, odd = (_product(fragments, [[step[i]] for step in columns]) for i in range(2))
         return [even[0], odd[0], even[1], odd[1]]
@@ -257,43 +321,22 @@ def _dots(fragments, columns):
 
 def _product(rows, columns):
     """The products of two rows' fragments [row][step] with the columns of products 0 and 1, [product][step]."""
-    low, high = [MAGIC, 0, MAGIC, 0], [0, 0, 0, 0]
+    low, high = [0] * 4, [0] * 4
     for k in range(len(columns[0])):
         fragment = [row[k] for row in rows]
         low = m.binary_product(fragment, columns[0][k], low)
         high = m.binary_product(fragment, columns[1][k], high)
-    dots = []
-    for half in (0, 2):
-        upper = m.subtract(high[half], m.left(high[half + 1], 1))
-        dots.append(m.add(m.add(low[half], m.left(low[half + 1], 1)), m.left(upper, 2)))
-    return dots
+    return [(low[i], low[i + 1], high[i], high[i + 1]) for i in (0, 2)]
 
 
-def _affine(dot, gain, offset, scale, shift):
-    """(gain dot + offset) scale + shift."""
-    text = "{ .reg .f32 x; sub.rn.f32 x, $1, 0f4B400000; fma.rn.f32 x, x, $2, $3; fma.rn.f32 $0, x, $4, $5; }"
-    return m.ptx(text, [m.as_float(dot), gain, offset, scale, shift], "f")[0]
+def _saturate(x, factor, addend):
+    """x factor + addend, from 0 to 1; 0 for NaN."""
+    return m.ptx("fma.rn.sat.f32 $0, $1, $2, $3;", [x, factor, addend], "f")[0]
 
 
-def _bin(z, top):
-    """An f32 whose bits' lowest byte is the bin, and a depth for `_place`."""
-    # Saturate 8 (base - z) / 255 to [0, 1], half a bin early, then let 2^23 round it to an integer.
-    depth = m.ptx("fma.rn.sat.f32 $0, $1, $2, $3;", [z, -BINS_PER_NAT / (BINS - 1), top], "f")[0]
-    return _bin_at(depth), depth
-
-
-def _bin_at(depth):
-    return m.fma(depth, float(BINS - 1), 2.0**23)
-
-
-def _raise(square, factor, depth):
-    """square factor + depth, from 0 to 1."""
-    return m.ptx("fma.rn.sat.f32 $0, $1, $2, $3;", [square, factor, depth], "f")[0]
-
-
-def _place(bin_, depth):
-    """Where in its bin a score lies, from -1/2 at the upper edge to 1/2."""
-    return m.fma(depth, float(BINS - 1), m.subtract_float(2.0**23, bin_))
+def _steps(depth):
+    """An i32 whose lowest 16 bits are a depth, from 0 to 1, in steps of 1/256 of a bin; those above are of no meaning."""
+    return m.as_int(m.fma(depth, PLACES * DEEPEST, 2.0**23))
 
 
 def clear_shared(sizes: Sizes, shared):

@@ -95,14 +95,16 @@ def exact_mass(exact_lse, highest):
     return exp(m.minimum(m.subtract_float(exact_lse, highest), 60.0))
 
 
-def load_bins(state: State, head, lane):
-    """A lane's words of bins, and of the bins above base."""
+def load_bins(state: State, head, lane, scored):
+    """A lane's sums of places, counts, of so many tokens scored, and what its bins above base hold."""
     first_bin = m.multiply(lane, LANE_BINS)
     at, above = state.bin(head, first_bin), state.above(head, first_bin)
-    return (
-        [word for i in range(LANE_BINS // 2) for word in m.load(at, words=4, offset=16 * i)],
-        [word for i in range(LANE_BINS // 4) for word in m.load(above, words=4, offset=16 * i)],
-    )
+    words = [word for i in range(LANE_BINS // 2) for word in m.load(at, words=4, offset=16 * i)]
+    above = [word for i in range(LANE_BINS // 4) for word in m.load(above, words=4, offset=16 * i)]
+    places, counts = words[::2], words[1::2]
+    rest = m.subtract(scored, warp_sum(functools.reduce(m.add, counts), m.add))
+    counts[-1] = m.select(m.less(30, lane), rest, counts[-1])
+    return places, counts, above
 
 
 def mass_above(above, edge):

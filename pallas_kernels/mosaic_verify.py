@@ -120,7 +120,7 @@ def _kernel(
             found = sum_of_parts(lane, sums, sizes.heads, head, first, number, sizes.usual)
             certificate = certify(sizes.rule, found, mine, scored, typical_deviation(sizes.rule, sample, mine[0]))
             states = State(state, row, sizes.heads, sizes.state_words)
-            second = limits_of_second_round(sizes.rule, lane, states, head, mine, certificate)
+            second = limits_of_second_round(sizes.rule, lane, states, head, scored, mine, certificate)
             numbers = [*certificate, found[-1], m.to_float(count)]
 
             def store():

@@ -206,11 +206,20 @@ class Emulator:
         for i, x in enumerate(values):
             self.shared[((at + offset) // 4 + i)[self.mask]] = x[self.mask]
 
-    def copy(self, at_shared, at, *, words, shared_offset=0, offset=0):
+    def load_matrices(self, at, number, *, offset=0):
+        """Lane l has the address of row l % 8 of matrix l / 8, and gets words of row l / 4 of each."""
+        assert self.mask.all() or not any(len(set(self.mask[THREADS // 32 == warp])) > 1 for warp in range(4))
+        warp, lane = THREADS // 32, THREADS % 32
+        rows = [(at[32 * warp + 8 * i + lane // 4] + offset) // 4 for i in range(number)]
+        assert all(np.all((row % 4 == 0) | ~self.mask) for row in rows), "a row that is not aligned"
+        return [self.shared[np.where(self.mask, row + lane % 4, 0)] for row in rows]
+
+    def copy(self, at_shared, at, *, words, shared_offset=0, offset=0, where=None):
+        wanted = self.mask if where is None else self.mask & where
         to, source = (at_shared + shared_offset) // 4, at.word + offset // 4
-        assert np.all((source >= 0) & (source + words <= at.memory.size) | ~self.mask), "a copy from outside of memory"
-        assert np.all((to % words == 0) & (source % words == 0) | ~self.mask), "a copy that is not aligned"
-        self.copies.append((self.mask, to, at.memory, source, words))
+        assert np.all((source >= 0) & (source + words <= at.memory.size) | ~wanted), "a copy from outside of memory"
+        assert np.all((to % words == 0) & (source % words == 0) | ~wanted), "a copy that is not aligned"
+        self.copies.append((wanted, to, at.memory, source, words))
 
     def end_copies(self):
         for warp, lanes in self._active_warps():
@@ -271,6 +280,9 @@ class Emulator:
     def maximum(self, a, b):
         return np.fmax(self.value(a), self.value(b))
 
+    def maximum_or_nan(self, a, b):
+        return np.maximum(self.value(a), self.value(b))
+
     def minimum(self, a, b):
         return np.fmin(self.value(a), self.value(b))
 
@@ -321,8 +333,17 @@ class Emulator:
     def high_halves(self, a, b):
         return a >> np.uint32(16) | (b & np.uint32(0xFFFF0000))
 
-    def pack_bytes(self, words):
-        return sum(((word & np.uint32(255)) << np.uint32(8 * i) for i, word in enumerate(words)), np.uint32(0))
+    def second_byte(self, x):
+        return x >> np.uint32(8) & np.uint32(255)
+
+    def with_lowest_byte(self, word, x):
+        return self.value(word) & np.uint32(0xFFFFFF00) | x & np.uint32(255)
+
+    def pack_second_bytes(self, words):
+        return sum((self.second_byte(word) << np.uint32(8 * i) for i, word in enumerate(words)), np.uint32(0))
+
+    def larger_halves(self, a, b):
+        return self.pack_pair("bfloat16", *map(np.fmax, self.bfloat16_pair(self.value(a)), self.bfloat16_pair(b)))
 
     def when(self, condition, body):
         outer, self.mask = self.mask, self.mask & condition

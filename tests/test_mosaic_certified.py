@@ -57,7 +57,7 @@ def check_selection(shape, *, certified, top_p=0.9, offset=1.03, largest=1.0, bi
     run = jit(lambda a, *rest: select(shape, (*a[:5], bias_gain, a[5]), *rest, promise))
     results = run((*arguments[:5], arguments[6]), noise, base, exact_lse, quantized, length)
     bins, state, (indices, counts, limits) = results
-    counted = np.asarray(counts_and_peaks(state, padded(noise).shape[2])[0])
+    counted = np.asarray(counts_and_peaks(state, padded(noise).shape[2], jnp.maximum(quantized - FIRST, 0))[0])
     bytes_ = np.asarray(bytes_of(bins))
     limits = np.asarray(limits, np.float64)
     del gain
@@ -96,14 +96,14 @@ class _Head:
 
     def check_bytes(self, bytes_):
         # Cut off where z - sd^2 / 2 is.
-        depth = np.minimum(self.depth, 255.5) - 8 * self.sd**2
+        depth = np.minimum(self.depth, 256 - 1 / 256) - 8 * self.sd**2
         want = np.clip(np.floor(depth), 0, 255)
-        near = np.abs(depth - np.round(depth)) < 2e-3
+        near = np.abs(depth - np.round(depth)) < 0.5 / 256 + 2e-3
         assert np.all((bytes_ == want) | (near & (np.abs(bytes_ - want) <= 1)))
 
     def check_counts(self, counted):
         want = np.bincount(self.bin, minlength=256)
-        near = np.bincount(self.bin[np.abs(self.depth - np.round(self.depth)) < 2e-3], minlength=257)[:256]
+        near = np.bincount(self.bin[np.abs(self.depth - np.round(self.depth)) < 0.5 / 256 + 2e-3], minlength=257)[:256]
         slack = near + np.roll(near, 1) + np.roll(near, -1)
         assert np.all(np.abs(counted[:, 1] - want) <= slack)
         # Bins 0 and 255 take whatever lies beyond them: their places say nothing.
@@ -125,7 +125,7 @@ class _Head:
         elif len(weight):
             assert total >= weight.max() * (1 - 2e-3)
         below_at = lambda n: weight[self.bin >= n].sum()  # noqa: E731
-        near = np.abs(self.depth - kept) < 2e-3
+        near = np.abs(self.depth - kept) < 0.5 / 256 + 2e-3
         assert below == pytest.approx(below_at(kept), rel=4e-3, abs=1.2 * weight[near].sum() + 1e-6 * total)
         if rule.left_out == 0:
             assert kept == 256 and below == 0
@@ -137,8 +137,8 @@ class _Head:
             below = self.depth >= n + slack
             return (1 + SHARED * k) * weight[below].sum() + k * np.sqrt((weight[below] ** 2).sum())
 
-        assert bound(kept, 2e-3) <= budget * 1.01
-        assert kept == 1 or bound(kept - 1, -2e-3) >= budget * 0.99
+        assert bound(kept, 4e-3) <= budget * 1.01
+        assert kept == 1 or bound(kept - 1, -4e-3) >= budget * 0.99
         if rule.certified:
             single = np.log(max(budget - below, LEAST_SINGLE * budget)) + peak
             assert depth == pytest.approx(8 * (base - single), abs=2e-2)

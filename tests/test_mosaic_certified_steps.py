@@ -120,7 +120,8 @@ class Limits:
     @classmethod
     def of(cls, bins: NoisyBins, limits):
         group, heads = bins._query.shape[2], limits.shape[2]
-        counted = counts_and_peaks(bins._state[...], heads)[0][:, :, :group]
+        scored = jnp.maximum(bins._cache.quantized - bins._config.sink, 0)
+        counted = counts_and_peaks(bins._state[...], heads, scored)[0][:, :, :group]
         return cls(np.asarray(limits, np.float64)[:, :, :group], np.asarray(counted, np.float64))
 
     def __getattr__(self, name):
