@@ -132,7 +132,7 @@ def decode_wall(query: jax.Array, cache: LayerCache, below: LayerCache | None, m
         return timing.after(query, out), cache
 
     flat = query.reshape(batch, kv_heads * group, head_dim)
-    return timing.step_times(step, jax.tree.map(jnp.copy, (flat, cache)), new, below)[0]
+    return timing.step_times(step, (flat, cache), new, below, restart=True)[0]
 
 
 def quantization(cache: LayerCache, config: RaBitQConfig, step_us: float) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 Kernel time is CUPTI's: the durations of the kernels of one call, summed, without launches and gaps. Before each call a
 kernel reads a buffer larger than L2, so that the call finds its inputs in memory. Wall time is a step's share of a
-jitted loop of chained steps: it holds the launches, the gaps, and the loop's own 5 to 10 us a step.
+jitted loop of chained steps: it holds the launches, the gaps, the loop's own 5 us a step, and a share of the 0.6 ms that
+the host takes to start the loop and to wait for it.
 
 Without a GPU there is nothing to ask CUPTI: kernel time is then the clock's, of single calls.
 """
@@ -22,7 +23,7 @@ from jax.experimental.mosaic.gpu import profiler
 from pallas_kernels import _pallas
 from rabitq_jax._dispatch import on_gpu
 
-STEPS, REPEATS = 30, 5
+STEPS, REPEATS = 160, 5
 CALLS = 10
 READ_BLOCK = 4096
 FLUSH_BYTES = 256 << 20
@@ -110,25 +111,27 @@ NO_CUDA_GRAPHS = {"xla_gpu_graph_min_graph_size": 1 << 30}
 
 
 def step_times(
-    step: Callable, state, *constants, steps: int | None = None, compiler_options: dict | None = None
-) -> tuple[Times, object]:
+    step: Callable, state, *constants, steps: int | None = None, restart: bool = False,
+    compiler_options: dict | None = None,
+) -> tuple[Times, object]:  # fmt: skip
     """Wall time of a step in a jitted loop, and the state after the last one.
 
     Args:
       step: (i, state, *constants) -> state, whose every part hangs on the step before; see `after`.
-      state: consumed: its buffers are reused.
+      state: consumed, its buffers being reused, unless `restart`.
       steps: in one loop; `STEPS` by default.
+      restart: each loop begins with a copy of the state, not where the one before has ended.
       compiler_options: of XLA, such as `NO_CUDA_GRAPHS`.
     """
     steps = STEPS if steps is None else steps
-    run = _loop(step, steps, compiler_options)
-    state = jax.block_until_ready(run(state, constants))
-    microseconds = []
-    for _ in range(REPEATS):
+    run, first, microseconds = _loop(step, steps, compiler_options), state, []
+    # The first loop compiles, and is not counted.
+    for _ in range(1 + REPEATS):
+        state = jax.block_until_ready(jax.tree.map(jnp.copy, first)) if restart else state
         begin = time.perf_counter()
         state = jax.block_until_ready(run(state, constants))
         microseconds.append(1e6 * (time.perf_counter() - begin) / steps)
-    return Times.of(microseconds), state
+    return Times.of(microseconds[1:]), state
 
 
 def _loop(step: Callable, steps: int, compiler_options: dict | None = None):

@@ -45,9 +45,9 @@ def score_and_select(
 
 def attend(
     query, keys, values, indices, counts, bins, scale, quantized, limits, state,
-    *, softmax_scale: float, sink: int, rule: Rule,
+    *, softmax_scale: float, sink: int, rule: Rule, dtype,
 ):  # fmt: skip
-    """Attention over lists.
+    """Attention over lists, with outputs of a dtype.
 
     Returns:
       What `mosaic_verify.verify` gives, and the parts of `mosaic_attention.attend`.
@@ -59,7 +59,7 @@ def attend(
     _, partial = mosaic_attention.attend(query, keys, values, indices, counts, softmax_scale=softmax_scale, known=known)
     verified = mosaic_verify.verify(
         partial, counts, scale, quantized, limits, state,
-        group=query.shape[2], head_dim=query.shape[3], sink=sink, rule=rule,
+        group=query.shape[2], head_dim=query.shape[3], sink=sink, rule=rule, dtype=dtype,
     )  # fmt: skip
     return *verified, partial
 

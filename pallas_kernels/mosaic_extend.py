@@ -20,7 +20,7 @@ from pallas_kernels.mosaic_bins import State
 from pallas_kernels.mosaic_certificate import certify, load_sample, store_numbers, typical_deviation
 from pallas_kernels.mosaic_certified_threshold import Rule
 from pallas_kernels.mosaic_found import KINDS
-from pallas_kernels.mosaic_parts import Parts, sum_of_parts
+from pallas_kernels.mosaic_parts import Parts, SumOfParts
 from pallas_kernels.mosaic_rules import LANE_TOKENS, Given, attended_tokens, comparisons, load_limits, load_words
 from pallas_kernels.mosaic_top_p_threshold import warp_sum
 from pallas_kernels.mosaic_warp_attention import WARPS, Sizes, WarpAttention
@@ -29,6 +29,8 @@ LANES = 32
 CHUNK = LANE_TOKENS * m.WARPGROUP
 # Blocks that are on the device at once, and the most that a kv head's tokens are split into.
 BLOCKS, LARGEST_PARTS = 264, 64
+# Words of marks of 32 rows, under way at once.
+MARKS_AT_ONCE = 8
 
 
 def extend(
@@ -42,7 +44,7 @@ def extend(
       bins, scale, quantized: as in `mosaic_attention.Known`; length: int32 [B].
       limits: float32 [B,K,H,LIMITS], of `mosaic_verify.verify`.
       state: a reference, int32 [B,K,Z], as `verify` leaves it; the kernel takes tickets there.
-      out, summary: references, float32 [B,K,G,D] and [B,K,G,8], of `verify`; those of kv heads that attend anew are
+      out, summary: references, [B,K,G,D] and float32 [B,K,G,8], of `verify`; those of kv heads that attend anew are
         written.
     """
     batch, kv_heads, tokens, head_dim = keys.shape
@@ -54,6 +56,7 @@ def extend(
         ),
         blocks=max(BLOCKS, rows),
         state_words=state.shape[-1],
+        dtype=out.dtype.name,
     )  # fmt: skip
     part = (sizes.blocks, sizes.heads)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -74,6 +77,7 @@ class _Sizes:
     attention: Sizes
     blocks: int
     state_words: int
+    dtype: str
 
     @property
     def rows(self) -> int:
@@ -142,19 +146,31 @@ def _kernel(
 
 
 def _marks(sizes: _Sizes, lane, state, i):
-    """Bits of 32 rows, of those of which a head is short."""
-    row = m.add(m.multiply(i, 32), lane)
-    mark = m.load(State(state, m.minimum_signed(row, sizes.rows - 1), sizes.heads, sizes.state_words).short())[0]
-    return m.ballot(m.both(m.less(row, sizes.rows), m.less(0, mark)))
+    """Of some rows, which are short: bits of 32 of them, and the first of these, each."""
+    looks = []
+    for j in range(_words_at_once(sizes)):
+        first = m.multiply(m.add(m.multiply(i, _words_at_once(sizes)), j), 32)
+        row = m.add(first, lane)
+        at = State(state, m.minimum_signed(row, sizes.rows - 1), sizes.heads, sizes.state_words).short()
+        looks.append((first, m.less(row, sizes.rows), m.load(at)[0]))
+    return [(first, m.ballot(m.both(is_row, m.less(0, mark)))) for first, is_row, mark in looks]
+
+
+def _words_at_once(sizes: _Sizes) -> int:
+    return min(-(-sizes.rows // 32), MARKS_AT_ONCE)
+
+
+def _rounds(sizes: _Sizes) -> int:
+    return -(-sizes.rows // (32 * _words_at_once(sizes)))
 
 
 def _count_short(sizes: _Sizes, lane, state):
     """How many rows are short."""
 
     def add(i, carried):
-        return [m.add(carried[0], m.count_ones(_marks(sizes, lane, state, i)))]
+        return [functools.reduce(m.add, [m.count_ones(word) for _, word in _marks(sizes, lane, state, i)], carried[0])]
 
-    return m.loop(-(-sizes.rows // 32), [m.value(0)], add)[0]
+    return m.loop(_rounds(sizes), [m.value(0)], add)[0]
 
 
 def _short_row(sizes: _Sizes, lane, state, number):
@@ -162,14 +178,14 @@ def _short_row(sizes: _Sizes, lane, state, number):
 
     def look(i, carried):
         before, row = carried
-        marks = _marks(sizes, lane, state, i)
-        mine = m.add(before, m.count_ones(m.bit_and(marks, m.subtract(m.left(1, lane), 1))))
-        is_marked = m.less(0, m.bit_and(marks, m.left(1, lane)))
-        is_it = m.both(is_marked, m.both(m.not_less(mine, number), m.not_less(number, mine)))
-        row = m.select(is_it, m.add(m.multiply(i, 32), lane), row)
-        return [m.add(before, m.count_ones(marks)), row]
+        for first, word in _marks(sizes, lane, state, i):
+            mine = m.add(before, m.count_ones(m.bit_and(word, m.subtract(m.left(1, lane), 1))))
+            is_marked = m.less(0, m.bit_and(word, m.left(1, lane)))
+            is_it = m.both(is_marked, m.both(m.not_less(mine, number), m.not_less(number, mine)))
+            before, row = m.add(before, m.count_ones(word)), m.select(is_it, m.add(first, lane), row)
+        return [before, row]
 
-    _, row = m.loop(-(-sizes.rows // 32), [m.value(0), m.value(0)], look)
+    _, row = m.loop(_rounds(sizes), [m.value(0), m.value(0)], look)
     return warp_sum(row, m.add)
 
 
@@ -283,32 +299,37 @@ class _Block:
 
     def conclude(self, peaks, totals, outs, sums, tokens):
         """Output and summary of each head, from all parts."""
-        count = m.value(0)
-        for i in range(0, LARGEST_PARTS, LANES):
-            part = m.add(self.lane, i)
-            at = m.address(tokens, m.add(self.first, m.minimum_signed(part, m.subtract(self.parts, 1))))
-            count = m.add(count, m.select(m.less(part, self.parts), m.load_written(at)[0], 0))
-        count = warp_sum(count, m.add)
         for first in range(0, self.sizes.heads, WARPS):
             head = m.add(self.warp, first)
-            conclude = functools.partial(self._conclude, head, count, peaks, totals, outs, sums)
+            conclude = functools.partial(self._conclude, head, peaks, totals, outs, sums, tokens)
             m.when(m.less(head, self.sizes.group), conclude)
 
-    def _conclude(self, head, count, peaks, totals, outs, sums):
-        sizes = self.sizes.attention
-        parts = Parts(
-            peaks, totals, outs, heads=sizes.heads, columns=sizes.columns, head=head, first=self.first,
-            number=self.parts, usual=LARGEST_PARTS, lane=self.lane,
-        )  # fmt: skip
-        place = m.add(m.multiply(self.row, sizes.group), head)
-        parts.store_whole(self.out, m.multiply(place, sizes.head_dim), sizes.head_dim)
-        found = sum_of_parts(self.lane, sums, sizes.heads, head, self.first, self.parts, LARGEST_PARTS)
+    def _conclude(self, head, peaks, totals, outs, sums, tokens):
+        sizes, rule = self.sizes.attention, self.sizes.attention.rule
+        assert rule is not None
+        # All that is needed is asked for before any of it is waited for.
+        counts = self._load_counts(tokens)
         first_token = m.multiply(self.row, sizes.tokens)
         sample = load_sample(self.lane, self.scale, first_token, self.scored, sink=sizes.sink, tokens=sizes.tokens)
         limits = load_limits(self.limits, m.add(m.multiply(self.row, sizes.heads), head))
-        assert sizes.rule is not None
-        certificate = certify(
-            sizes.rule, found, limits, self.scored, typical_deviation(sizes.rule, sample, limits[0])
+        of_parts = SumOfParts(self.lane, sums, sizes.heads, head, self.first, self.parts, LARGEST_PARTS)
+        parts = Parts(
+            peaks, totals, outs, heads=sizes.heads, columns=sizes.columns, head=head, first=self.first,
+            number=self.parts, usual=LARGEST_PARTS, lane=self.lane, dtype=self.sizes.dtype,
         )  # fmt: skip
-        numbers = [*certificate, found[-1], m.to_float(count)]
+        deviation = typical_deviation(rule, sample, limits[0])
+        found = of_parts.result()
+        place = m.add(m.multiply(self.row, sizes.group), head)
+        parts.store_whole(self.out, m.multiply(place, sizes.head_dim), sizes.head_dim)
+        certificate = certify(rule, found, limits, self.scored, deviation)
+        numbers = [*certificate, found[-1], m.to_float(warp_sum(functools.reduce(m.add, counts), m.add))]
         m.when(m.less(self.lane, 1), lambda: store_numbers(numbers, self.summary, place))
+
+    def _load_counts(self, tokens):
+        """Of all parts, some a lane: how many tokens they attended."""
+        counts = []
+        for i in range(0, LARGEST_PARTS, LANES):
+            part = m.add(self.lane, i)
+            at = m.address(tokens, m.add(self.first, m.minimum_signed(part, m.subtract(self.parts, 1))))
+            counts.append(m.select(m.less(part, self.parts), m.load_written(at)[0], 0))
+        return counts

@@ -28,12 +28,15 @@ class Parts:
     """The parts of a query head: `number` of them, from place `first` on.
 
     peaks and totals [N,M], outs [N,M,C] float32 references; `head` is one of M; `usual` a number of parts that takes
-    little time.
+    little time; outputs are stored in a dtype.
     """
 
-    def __init__(self, peaks, totals, outs, *, heads: int, columns: int, head, first, number, usual: int, lane):
+    def __init__(
+        self, peaks, totals, outs, *, heads: int, columns: int, head, first, number, usual: int, lane, dtype: str
+    ):
         self.peaks, self.totals, self.outs, self.heads, self.columns = peaks, totals, outs, heads, columns
         self.head, self.first, self.number, self.usual, self.lane = head, first, number, usual, lane
+        self.dtype = dtype
         self.peak, self.total = self._add_up()
 
     def _load(self, ref, part):
@@ -66,9 +69,9 @@ class Parts:
     def _within(self, part):
         return m.maximum_signed(m.minimum_signed(part, m.subtract(self.number, 1)), 0)
 
-    def store(self, first_column, out, word, size: int):
-        """`columns_of(usual)` columns of the output, of `size` that are real, to `out` from a word of the head's first
-        column on."""
+    def store(self, first_column, out, place, size: int):
+        """`columns_of(usual)` columns of the output, of `size` that are real, to `out`, of whose numbers one is the
+        head's first."""
         lanes = columns_of(self.usual) // LANE_COLUMNS
         apart = 32 // lanes
         at_once = min(LARGEST_AT_ONCE, -(-self.usual // apart))
@@ -94,15 +97,15 @@ class Parts:
         while step < 32:
             sums = [m.add_float(x, m.shuffle_xor(x, step)) for x in sums]
             step *= 2
-        self._store_columns(sums, mine, out, word, size, m.less(self.lane, lanes))
+        self._store_columns(sums, mine, out, place, size, m.less(self.lane, lanes))
 
-    def store_whole(self, out, word, size: int):
-        """All columns of the output, of `size`, to `out` from a word on: by one warp, 32 parts at a time."""
+    def store_whole(self, out, place, size: int):
+        """All columns of the output, of `size`, to `out` from a number on: by one warp, 32 parts at a time."""
         each = 32 * LANE_COLUMNS
         for first_column in range(0, size, each):
             column = m.add(m.left(self.lane, 2), first_column)
             sums = self._add_whole(m.minimum_signed(column, self.columns - LANE_COLUMNS))
-            self._store_columns(sums, column, out, word, size, m.less(column, size))
+            self._store_columns(sums, column, out, place, size, m.less(column, size))
 
     def _add_whole(self, column):
         def add(i, sums):
@@ -123,32 +126,54 @@ class Parts:
         at = m.address(self.outs, m.add(m.multiply(place, self.columns), column))
         return [m.as_float(w) for w in m.load_written(at, words=LANE_COLUMNS)]
 
-    def _store_columns(self, sums, first_column, out, word, size: int, where):
+    def _store_columns(self, sums, column, out, place, size: int, where):
+        """To neighbouring columns, of a size that is even."""
         # An empty list has no parts, and gives zero.
         over_total = m.select(m.less_float(self.total, 1e-30), 0.0, m.reciprocal(self.total))
-        for i, x in enumerate(sums):
-            column = m.add(first_column, i)
-            at = m.address(out, m.add(word, column))
-            m.store(at, [m.as_int(m.multiply_float(x, over_total))], where=m.both(where, m.less(column, size)))
+        values = [m.multiply_float(x, over_total) for x in sums]
+        at = m.address(out, words_of_numbers(m.add(place, column), self.dtype))
+        for i in range(0, len(values), 2):
+            pair = values[i : i + 2]
+            words = list(map(m.as_int, pair)) if self.dtype == "float32" else [m.pack_pair(self.dtype, *pair)]
+            is_real = m.both(where, m.less(m.add(column, i), size))
+            m.store(at, words, offset=words_of_numbers(4 * i, self.dtype), where=is_real)
 
 
-def sum_of_parts(lane, sums, heads: int, head, first, number, usual: int):
-    """A head's sums of so many parts from place `first` on, of [N,H,KINDS]: `KINDS` f32, the same in all lanes. Lane
-    8 i + kind adds up every fourth part; `usual` a number of parts that takes little time."""
-    kind, some = m.bit_and(lane, KINDS - 1), m.right(lane, 3)
-    at_once = -(-min(usual, LARGEST_SUMMED) // 4)
+def words_of_numbers(number, dtype: str):
+    """How many words so many numbers take, which are even where a word holds two."""
+    if dtype == "float32":
+        return number
+    return number // 2 if isinstance(number, int) else m.right(number, 1)
 
-    def add(i, carried):
-        loads = []
-        for j in range(at_once):
-            part = m.add(some, m.multiply(m.add(m.multiply(i, at_once), j), 4))
-            place = m.add(first, m.maximum_signed(m.minimum_signed(part, m.subtract(number, 1)), 0))
-            place = m.add(m.multiply(place, heads), head)
-            loads.append((part, m.load_written(m.address(sums, m.add(m.multiply(place, KINDS), kind)))[0]))
-        mine = [m.select(m.less(part, number), m.as_float(word), 0.0) for part, word in loads]
-        return [functools.reduce(m.add_float, mine, carried[0])]
 
-    (mine,) = m.loop(m.divide(m.add(number, 4 * at_once - 1), 4 * at_once), [m.value(0.0)], add)
-    for lanes in (8, 16):
-        mine = m.add_float(mine, m.shuffle_xor(mine, lanes))
-    return [m.shuffle(mine, kind) for kind in range(KINDS)]
+class SumOfParts:
+    """A head's sums of so many parts from place `first` on, of [N,H,KINDS]; `usual` a number of parts that takes little
+    time. Lane 8 i + kind adds up every fourth part. What a round takes is on its way when this is made."""
+
+    def __init__(self, lane, sums, heads: int, head, first, number, usual: int):
+        self._lane, self._sums, self._heads, self._head = lane, sums, heads, head
+        self._first, self._number, self._at_once = first, number, -(-min(usual, LARGEST_SUMMED) // 4)
+        self._loads = self._load(m.value(0))
+
+    def _load(self, i):
+        kind, loads = m.bit_and(self._lane, KINDS - 1), []
+        for j in range(self._at_once):
+            part = m.add(m.right(self._lane, 3), m.multiply(m.add(m.multiply(i, self._at_once), j), 4))
+            place = m.maximum_signed(m.minimum_signed(part, m.subtract(self._number, 1)), 0)
+            place = m.add(m.multiply(m.add(self._first, place), self._heads), self._head)
+            loads.append((part, m.load_written(m.address(self._sums, m.add(m.multiply(place, KINDS), kind)))[0]))
+        return loads
+
+    def _add(self, total, loads):
+        mine = [m.select(m.less(part, self._number), m.as_float(word), 0.0) for part, word in loads]
+        return functools.reduce(m.add_float, mine, total)
+
+    def result(self):
+        """`KINDS` f32, the same in all lanes."""
+        rounds = m.divide(m.add(self._number, 4 * self._at_once - 1), 4 * self._at_once)
+        more = m.subtract(m.maximum_signed(rounds, 1), 1)
+        mine = self._add(m.value(0.0), self._loads)
+        (mine,) = m.loop(more, [mine], lambda i, total: [self._add(total[0], self._load(m.add(i, 1)))])
+        for lanes in (8, 16):
+            mine = m.add_float(mine, m.shuffle_xor(mine, lanes))
+        return [m.shuffle(mine, kind) for kind in range(KINDS)]

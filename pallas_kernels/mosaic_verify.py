@@ -23,13 +23,15 @@ from pallas_kernels.mosaic_certificate import (
     typical_deviation,
 )
 from pallas_kernels.mosaic_certified_threshold import Rule
-from pallas_kernels.mosaic_parts import Parts, columns_of, sum_of_parts
+from pallas_kernels.mosaic_parts import Parts, SumOfParts, columns_of
 from pallas_kernels.mosaic_rules import load_limits
 
 LANES = 32
 
 
-def verify(partial, counts, scale, quantized, limits, state, *, group: int, head_dim: int, sink: int, rule: Rule):
+def verify(
+    partial, counts, scale, quantized, limits, state, *, group: int, head_dim: int, sink: int, rule: Rule, dtype
+):  # fmt: skip
     """Outputs and certificates.
 
     Args:
@@ -38,9 +40,10 @@ def verify(partial, counts, scale, quantized, limits, state, *, group: int, head
       scale: bfloat16 [B,K,T]; quantized: int32 [B].
       limits: float32 [B,K,H,LIMITS], that the lists were made by.
       state: a reference, int32 [B,K,Z], of which marks of short rows are zero; the kernel writes these.
+      dtype: of the output: float32, bfloat16 or float16.
 
     Returns:
-      Output float32 [B,K,G,D]; summary float32 [B,K,G,8], of `rabitq_jax.certificate.Round`; and limits of a second
+      Output [B,K,G,D]; summary float32 [B,K,G,8], of `rabitq_jax.certificate.Round`; and limits of a second
       round float32 [B,K,H,LIMITS], the last number being 1 where a head is short and 0 elsewhere; undefined in heads
       that are not real.
     """
@@ -52,13 +55,13 @@ def verify(partial, counts, scale, quantized, limits, state, *, group: int, head
     sizes = _Sizes(
         kv_heads=kv_heads, rows=rows, group=group, heads=heads, tokens=scale.shape[-1], sink=sink, head_dim=head_dim,
         slices=-(-head_dim // columns_of(usual)), part_columns=columns, state_words=state.shape[-1], usual=usual,
-        rule=rule,
+        rule=rule, dtype=jnp.dtype(dtype).name,
     )  # fmt: skip
     return m.call(
         functools.partial(_kernel, sizes),
         name="verify",
         out_type=(
-            jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), dtype),
             jax.ShapeDtypeStruct((batch, kv_heads, group, SUMMARY), jnp.float32),
             jax.ShapeDtypeStruct(limits.shape, jnp.float32),
         ),
@@ -81,6 +84,7 @@ class _Sizes:
     state_words: int
     usual: int
     rule: Rule
+    dtype: str
 
 
 def _kernel(
@@ -105,20 +109,22 @@ def _kernel(
         def add_up_columns():
             parts = Parts(
                 peaks, totals, outs, heads=sizes.heads, columns=sizes.part_columns, head=head, first=first,
-                number=number, usual=sizes.usual, lane=lane,
+                number=number, usual=sizes.usual, lane=lane, dtype=sizes.dtype,
             )  # fmt: skip
-            word = m.multiply(m.add(m.multiply(row, sizes.group), head), sizes.head_dim)
-            parts.store(m.multiply(kind, columns_of(sizes.usual)), out, word, sizes.head_dim)
+            place = m.multiply(m.add(m.multiply(row, sizes.group), head), sizes.head_dim)
+            parts.store(m.multiply(kind, columns_of(sizes.usual)), out, place, sizes.head_dim)
 
         def conclude():
-            # What does not hang on the parts is on its way before they are asked for.
+            # All that is needed is asked for before any of it is waited for.
             scored = m.load(m.address(quantized, m.divide(row, sizes.kv_heads)))[0]
             scored = m.maximum_signed(m.subtract(scored, sizes.sink), 0)
             mine = load_limits(limits, m.add(m.multiply(row, sizes.heads), head))
             first_token = m.multiply(row, sizes.tokens)
+            of_parts = SumOfParts(lane, sums, sizes.heads, head, first, number, sizes.usual)
             sample = load_sample(lane, scale, first_token, scored, sink=sizes.sink, tokens=sizes.tokens)
-            found = sum_of_parts(lane, sums, sizes.heads, head, first, number, sizes.usual)
-            certificate = certify(sizes.rule, found, mine, scored, typical_deviation(sizes.rule, sample, mine[0]))
+            deviation = typical_deviation(sizes.rule, sample, mine[0])
+            found = of_parts.result()
+            certificate = certify(sizes.rule, found, mine, scored, deviation)
             states = State(state, row, sizes.heads, sizes.state_words)
             second = limits_of_second_round(sizes.rule, lane, states, head, scored, mine, certificate)
             numbers = [*certificate, found[-1], m.to_float(count)]

@@ -114,7 +114,7 @@ class Round:
     """The result of attending to what limits keep.
 
     Attributes:
-      out: float32 [B,K,G,D].
+      out: [B,K,G,D], in float32 or the query's dtype.
       summary: float32 [B,K,G,8], `summarize` in one array, so that it takes little to pass it on.
     """
 

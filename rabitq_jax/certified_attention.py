@@ -48,8 +48,8 @@ def attend_certified(
       Others: as of `selection.choose_tokens`.
 
     Returns:
-      float32 [B,K,G,D]; the tokens attended in the end; and what was verified. `Selection.mass` is the share that the
-      estimates claim, before anything was attended.
+      [B,K,G,D], in float32 or the query's dtype; the tokens attended in the end; and what was verified.
+      `Selection.mass` is the share that the estimates claim, before anything was attended.
 
     Raises:
       NotImplementedError: the implementation that was named cannot do it.

@@ -5,6 +5,7 @@ nothing to do. Tensor-core and shuffle instructions follow the fragment layouts 
 for mma.m16n8k128"), not those that the kernels say they use.
 """
 
+import math
 import re
 from types import SimpleNamespace
 
@@ -28,17 +29,17 @@ class Emulator:
         def run(*inputs):
             memories = [_words(x) for x in inputs]
             types = out_type if isinstance(out_type, tuple) else (out_type,)
-            outs = [np.zeros(x.shape, np.uint32) for x in types]
+            outs = [np.zeros(math.prod(x.shape) * x.dtype.itemsize // 4, np.uint32) for x in types]
             for self.block in range(blocks):
                 self.mask = np.ones(WARPGROUP, bool)
                 # Shared memory holds anything when a block begins.
                 self.shared = np.full(shared_words, 0xDEADBEEF, np.uint32)
                 self.copies, self.groups = [], [[] for _ in range(WARPGROUP // 32)]
-                body(*memories, *(out.reshape(-1) for out in outs), None)
+                body(*memories, *outs, None)
             for x, memory in zip(inputs, memories, strict=True):
                 if not isinstance(x, jax.Array):
                     x[...] = jnp.asarray(memory.view(x.dtype).reshape(x.shape))
-            results = tuple(jnp.asarray(out.view(x.dtype)) for out, x in zip(outs, types, strict=True))
+            results = tuple(jnp.asarray(out.view(x.dtype).reshape(x.shape)) for out, x in zip(outs, types, strict=True))
             return results if isinstance(out_type, tuple) else results[0]
 
         return run

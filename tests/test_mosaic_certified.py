@@ -247,7 +247,7 @@ def check_verified_attention(shape, kept_share=0.2):
     out, summary, _, partial = mosaic_certified.attend(
         *arrays, listed, jnp.asarray(counts, jnp.int32), words_of(jnp.asarray(bins)), scale,
         jnp.asarray(quantized, jnp.int32), padded(jnp.asarray(limits, jnp.float32)), jax.new_ref(zeros(shape)),
-        softmax_scale=dim**-0.5, sink=FIRST, rule=rule(0.9, True),
+        softmax_scale=dim**-0.5, sink=FIRST, rule=rule(0.9, True), dtype=jnp.float32,
     )  # fmt: skip
     sums = sums_of_lists(partial, heads)
     for at in np.ndindex(heads):

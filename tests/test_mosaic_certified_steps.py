@@ -207,6 +207,7 @@ def test_what_follows_from_sums_in_an_emulator(is_short, stretch, monkeypatch):
     *_, partial = mosaic_certified.attend(
         bins._query, bins._cache.keys, bins._cache.values, *lists, bins._bins, bins._scale, bins._cache.quantized,
         first, jax.new_ref(0 * bins._state[...]), softmax_scale=128**-0.5, sink=config.sink, rule=bins._rule,
+        dtype=bins._query.dtype,
     )  # fmt: skip
     sums = sums_of_lists(partial, found.number.shape)
     limits = Limits.of(bins, first)
@@ -255,7 +256,7 @@ def check_second_round(shape, dtype, jit=lambda run: run):
         want = mosaic_certified.attend(
             bins._query, bins._cache.keys, bins._cache.values, again, counts, bins._bins, bins._scale,
             bins._cache.quantized, bins._second, jax.new_ref(jnp.zeros_like(bins._state[...])),
-            softmax_scale=shape.head_dim**-0.5, sink=config.sink, rule=bins._rule,
+            softmax_scale=shape.head_dim**-0.5, sink=config.sink, rule=bins._rule, dtype=first.out.dtype,
         )  # fmt: skip
         return first, last, short, indices, again, counts, want[:2]
 
