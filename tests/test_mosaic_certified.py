@@ -173,9 +173,9 @@ def test_selection_of_everything_in_an_emulator(monkeypatch):
 
 def test_selection_of_several_passes_in_an_emulator(monkeypatch):
     emulate(monkeypatch)
-    monkeypatch.setattr(mosaic_compact, "NOISY_BLOCKS", 4)
+    monkeypatch.setattr(mosaic_compact, "BLOCKS", 4)
     shape = Shape(2, 1, 3, 10240, 128)
-    assert mosaic_compact.passes_of(2, shape.tokens, noisy=True) > 1
+    assert mosaic_compact.passes_of(2, shape.tokens) > 1
     check_selection(shape, certified=True)
 
 
