@@ -238,7 +238,7 @@ def _masks(sizes: _Sizes, bins, inputs, row, words, start, quantized, length, sh
         m.loop(sizes.passes, words, one_pass)
     if sizes.rule.margin:
         _look_at_candidates(sizes, bins, inputs[-1], row, start, mine, shared)
-    return [m.load_shared(_mask_of(mine, i))[0] for i in range(sizes.passes)]
+    return _load_masks(sizes, mine)
 
 
 def _mask_of(mine, i):
@@ -246,11 +246,15 @@ def _mask_of(mine, i):
     return m.add(mine, m.multiply(i, 4 * m.WARPGROUP))
 
 
+def _load_masks(sizes: _Sizes, mine):
+    return [m.load_shared(mine, offset=4 * m.WARPGROUP * i)[0] for i in range(sizes.passes)]
+
+
 def _look_at_candidates(sizes: _Sizes, bins, scale, row, start, mine, shared):
     """Candidates, the upper halves of the thread's masks, are kept in the lower ones or dropped."""
     count, waiting = m.value(0), m.value(0)
-    for i in range(sizes.passes):
-        candidates = m.right(m.load_shared(_mask_of(mine, i))[0], 16)
+    for i, mask in enumerate(_load_masks(sizes, mine)):
+        candidates = m.right(mask, 16)
         count = m.add(count, m.count_ones(candidates))
         waiting = m.bit_or(waiting, m.select(m.less(0, candidates), 1 << i, 0))
 
@@ -294,9 +298,8 @@ def _bytes_and_scale(sizes: _Sizes, bins, scale, row, token):
     """A token's bytes, of each head in turn, and its scale."""
     place = m.add(m.multiply(row, sizes.tokens), token)
     (pair,) = m.load(m.address(scale, m.right(place, 1)))
-    words = [
-        m.load(m.address(bins, word_of(row, token, head, sizes.group, sizes.tokens)))[0] for head in range(sizes.group)
-    ]
+    at = m.address(bins, word_of(row, token, 0, sizes.group, sizes.tokens))
+    words = [m.load(at, offset=8 * head)[0] for head in range(sizes.group)]
     return [byte_of(word, token) for word in words], scale_of(pair, place)
 
 
