@@ -1,7 +1,8 @@
 """Top-p on counted bins, and the list of the tokens it keeps, in one launch; for Hopper GPUs.
 
     a warp, each head in turn     counts of bins, 8 a lane -> sums from the best bin down -> how many bins are kept
-    a thread, 16 tokens in turn   bytes of all heads -> 16 bits, sinks and window beside
+    a thread, 16 tokens in turn   bytes of all heads -> 16 bits, sinks and window beside; candidates
+    a thread                      its candidates, few if any: their scales say whether they are kept
     a block                       its tokens' place behind those of the blocks before, which wait for no block behind
     a thread                      tokens of its bits, to the list
 
@@ -18,7 +19,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
 from pallas_kernels import mosaic_certified_threshold as certified
-from pallas_kernels.mosaic_bins import State, state_words
+from pallas_kernels.mosaic_bins import State, state_words, word_of
+from pallas_kernels.mosaic_certificate import scale_of
+from pallas_kernels.mosaic_found import byte_of
 from pallas_kernels.mosaic_rules import (
     LANE_TOKENS,
     LIMITS,
@@ -26,24 +29,25 @@ from pallas_kernels.mosaic_rules import (
     Rule,
     TopP,
     Weights,
-    attended_tokens,
     comparisons,
+    is_kept,
+    kept_tokens,
     load_words,
+    scored_and_others,
 )
 from pallas_kernels.mosaic_top_p_threshold import warp_sum
 
 PASS_TOKENS = LANE_TOKENS * m.WARPGROUP
 # Passes of a block: so many that the blocks are on the device all at once, and still fill it.
 BLOCKS, LARGEST_PASSES = 640, 6
-# A rule that looks at deviations takes more registers: fewer blocks fit.
-NOISY_BLOCKS, LARGEST_NOISY_PASSES = 512, 8
 GIVEN_PASSES = 2
+# Candidates whose scales a thread waits for at a time.
+CANDIDATES = 2
 
 
-def passes_of(rows: int, tokens: int, *, noisy: bool = False) -> int:
+def passes_of(rows: int, tokens: int) -> int:
     """Passes of `PASS_TOKENS` tokens that a block makes."""
-    blocks, largest = (NOISY_BLOCKS, LARGEST_NOISY_PASSES) if noisy else (BLOCKS, LARGEST_PASSES)
-    return max(1, min(rows * tokens // (PASS_TOKENS * blocks), largest))
+    return max(1, min(rows * tokens // (PASS_TOKENS * BLOCKS), LARGEST_PASSES))
 
 
 def blocks(rows: int, tokens: int) -> int:
@@ -113,7 +117,7 @@ def _call(
 ):  # fmt: skip
     batch, kv_heads, octets, group, _ = bins.shape
     rows, tokens = batch * kv_heads, 8 * octets
-    passes = passes or passes_of(rows, tokens, noisy=rule.margin)
+    passes = passes or passes_of(rows, tokens)
     sizes = _Sizes(
         kv_heads=kv_heads, group=group, heads=heads, tokens=tokens, passes=passes,
         blocks=-(-tokens // (PASS_TOKENS * passes)), state_words=state.shape[-1], sink=sink, rule=rule,
@@ -210,26 +214,93 @@ def _find_limits(sizes: _Sizes, row, block, scored, inputs, state, reports, shar
 def _masks(sizes: _Sizes, bins, inputs, row, words, start, quantized, length, shared):
     """16 bits a thread, for each pass: tokens that are attended. `words` are those of the first pass."""
     compare = comparisons([m.load_shared(shared, offset=4 * head)[0] for head in range(sizes.group)])
-
-    def mask(i, words):
-        return attended_tokens(
-            sizes.rule, compare, words, inputs, row, _token(start, i), shared,
-            heads=sizes.heads, tokens=sizes.tokens, sink=sizes.sink, quantized=quantized, length=length,
-        )  # fmt: skip
-
-    if sizes.passes == 1:
-        return [mask(0, words)]
-    # In a loop, with the next pass's words under way: all at once, they take so many registers that few blocks fit.
+    candidates = sizes.rule.candidates(sizes.heads, shared)
     mine = m.add(shared, m.left(m.add(m.thread_index(), sizes.rule_words), 2))
+
+    def store_mask(i, words):
+        """Candidates are the upper half: to look at their scales here would hold up every pass."""
+        bits = kept_tokens(words, compare)
+        scored, others = scored_and_others(_token(start, i), sink=sizes.sink, quantized=quantized, length=length)
+        mask = m.bit_or(m.bit_and(bits, scored), others)
+        word = m.bit_or(mask, m.left(m.bit_and(candidates(words, bits), scored), 16))
+        m.store_shared(_mask_of(mine, i), [word])
 
     def one_pass(i, words):
         next_pass = m.minimum_signed(m.add(i, 1), sizes.passes - 1)
         following = load_words(bins, row, _token(start, next_pass), sizes.group, sizes.tokens)
-        m.store_shared(m.add(mine, m.multiply(i, 4 * m.WARPGROUP)), [mask(i, words)])
+        store_mask(i, words)
         return following
 
-    m.loop(sizes.passes, words, one_pass)
+    if sizes.passes == 1:
+        store_mask(0, words)
+    else:
+        # In a loop, with the next pass's words under way: all at once, they take so many registers that few blocks fit.
+        m.loop(sizes.passes, words, one_pass)
+    if sizes.rule.margin:
+        _look_at_candidates(sizes, bins, inputs[-1], row, start, mine, shared)
+    return _load_masks(sizes, mine)
+
+
+def _mask_of(mine, i):
+    """Address of this thread's mask of pass i."""
+    return m.add(mine, m.multiply(i, 4 * m.WARPGROUP))
+
+
+def _load_masks(sizes: _Sizes, mine):
     return [m.load_shared(mine, offset=4 * m.WARPGROUP * i)[0] for i in range(sizes.passes)]
+
+
+def _look_at_candidates(sizes: _Sizes, bins, scale, row, start, mine, shared):
+    """Candidates, the upper halves of the thread's masks, are kept in the lower ones or dropped."""
+    count, waiting = m.value(0), m.value(0)
+    for i, mask in enumerate(_load_masks(sizes, mine)):
+        candidates = m.right(mask, 16)
+        count = m.add(count, m.count_ones(candidates))
+        waiting = m.bit_or(waiting, m.select(m.less(0, candidates), 1 << i, 0))
+
+    def look(_, carried):
+        (waiting,) = carried
+        taken = []
+        for _ in range(CANDIDATES):
+            waiting, *candidate = _take_candidate(sizes, mine, start, waiting)
+            taken.append(candidate)
+        known = [_bytes_and_scale(sizes, bins, scale, row, token) for _, _, token in taken]
+        margins = sizes.rule.load_margins(sizes.heads, shared)
+        for (at, bit, _), of_token in zip(taken, known, strict=True):
+            (mask,) = m.load_shared(at)
+            m.store_shared(at, [m.bit_or(mask, m.select(is_kept(*of_token, margins), bit, 0))])
+        return [waiting]
+
+    m.loop(m.divide(m.add(count, CANDIDATES - 1), CANDIDATES), [waiting], look)
+
+
+def _take_candidate(sizes: _Sizes, mine, start, waiting):
+    """Take the first candidate out of the upper half of its mask. `waiting` has a bit for each pass with candidates.
+
+    Returns:
+      The bits of passes that have candidates still; the address of the mask; the candidate's bit there, 0 if there was
+      none; and the token.
+    """
+    first = m.bit_and(waiting, m.subtract(0, waiting))
+    # Where no pass has any, the last one has none either.
+    i = m.minimum_signed(m.count_ones(m.subtract(first, 1)), sizes.passes - 1)
+    at = _mask_of(mine, i)
+    (mask,) = m.load_shared(at)
+    candidates = m.right(mask, 16)
+    bit = m.bit_and(candidates, m.subtract(0, candidates))
+    m.store_shared(at, [m.bit_xor(mask, m.left(bit, 16))])
+    waiting = m.select(m.less(bit, candidates), waiting, m.bit_xor(waiting, first))
+    token = m.add(_token(start, i), m.count_ones(m.subtract(bit, 1)))
+    return waiting, at, bit, m.minimum_signed(token, sizes.tokens - 1)
+
+
+def _bytes_and_scale(sizes: _Sizes, bins, scale, row, token):
+    """A token's bytes, of each head in turn, and its scale."""
+    place = m.add(m.multiply(row, sizes.tokens), token)
+    (pair,) = m.load(m.address(scale, m.right(place, 1)))
+    at = m.address(bins, word_of(row, token, 0, sizes.group, sizes.tokens))
+    words = [m.load(at, offset=8 * head)[0] for head in range(sizes.group)]
+    return [byte_of(word, token) for word in words], scale_of(pair, place)
 
 
 def _places(sizes: _Sizes, masks, block, state, shared):

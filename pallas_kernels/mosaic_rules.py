@@ -11,7 +11,9 @@ import functools
 from pallas_kernels import _mosaic as m
 from pallas_kernels import mosaic_certified_threshold as certified
 from pallas_kernels import mosaic_top_p_threshold as t
-from pallas_kernels.mosaic_bins import BINS, HEADS, State, word_of
+from pallas_kernels.mosaic_bins import HEADS, State, word_of
+from pallas_kernels.mosaic_certificate import scale_of
+from pallas_kernels.mosaic_found import byte_of
 
 LANE_TOKENS = 16
 LIMITS = certified.LIMITS
@@ -78,6 +80,12 @@ class Rule:
         the place there."""
         raise NotImplementedError
 
+    def candidates(self, heads: int, shared):
+        """A function of words and the bits that are kept of them by how many bins are: 16 bits, of the tokens that are
+        kept besides if they are of the right scales."""
+        del heads, shared
+        return lambda words, bits: m.value(0)
+
     def more(self, heads: int, tokens: int, inputs, row, token, words, bits, shared):
         """16 bits, of the tokens that are kept by how many bins are, and of those that are kept besides."""
         del heads, tokens, inputs, row, token, words, shared
@@ -125,44 +133,54 @@ class _ByDeviation(Rule):
         """Whether any token is kept for its deviation."""
         return True
 
-    def more(self, heads: int, tokens: int, inputs, row, token, words, bits, shared):
+    def candidates(self, heads: int, shared):
         if not self.margin:
-            return bits
-        kept, most = ([m.load_shared(shared, offset=4 * (heads * i + h))[0] for h in range(self.group)] for i in (0, 1))
+            return super().candidates(heads, shared)
+        load = lambda i: [m.load_shared(shared, offset=4 * (heads * i + h))[0] for h in range(self.group)]  # noqa: E731
+        matters = functools.reduce(m.either, map(m.less, load(0), load(1)))
 
-        def look(bits):
-            # Few tokens are in bins where their scales matter.
-            candidates = m.bit_and(kept_tokens(words, comparisons(most)), m.bit_xor(bits[0], 0xFFFF))
-            return m.update(m.less(0, candidates), bits, functools.partial(look_at_scales, candidates))
+        def find(words, bits):
+            # Loaded anew each time: registers are few.
+            look = lambda _: [m.bit_and(kept_tokens(words, comparisons(load(1))), m.bit_xor(bits, 0xFFFF))]  # noqa: E731
+            return m.update(matters, [m.value(0)], look)[0]
 
-        def look_at_scales(candidates, bits):
+        return find
+
+    def load_margins(self, heads: int, shared):
+        """What `is_kept` compares with, for each head."""
+        return [
+            [m.as_float(m.load_shared(shared, offset=4 * (heads * i + head))[0]) for i in (2, 3, 4)]
+            for head in range(self.group)
+        ]
+
+    def more(self, heads: int, tokens: int, inputs, row, token, words, bits, shared):
+        # Few tokens are in bins where their scales matter.
+        candidates = self.candidates(heads, shared)(words, bits)
+
+        def look_at_scales(bits):
             at = m.minimum_signed(token, tokens - LANE_TOKENS)
             at = m.address(inputs[-1], m.right(m.add(m.multiply(row, tokens), at), 1))
             pairs = [w for i in range(LANE_TOKENS // 8) for w in m.load(at, words=4, offset=16 * i)]
-            margins = [
-                [m.as_float(m.load_shared(shared, offset=4 * (heads * i + head))[0]) for i in (2, 3, 4)]
-                for head in range(self.group)
-            ]
+            margins = self.load_margins(heads, shared)
 
             def look_at_one(_, carried):
                 candidates, found = carried
                 lowest = m.bit_and(candidates, m.subtract(0, candidates))
                 i = m.count_ones(m.subtract(lowest, 1))
-                low, high = m.bfloat16_pair(_pick(pairs, m.right(i, 1)))
-                scale = m.select(m.less(m.bit_and(i, 1), 1), low, high)
-                shift = m.left(m.bit_and(i, 3), 3)
-                kept = functools.reduce(m.either, [is_kept(head, i, shift, scale) for head in range(self.group)])
+                fours = [words[first : first + LANE_TOKENS // 4] for first in range(0, len(words), LANE_TOKENS // 4)]
+                bytes_ = [byte_of(_pick(four, m.right(i, 2)), i) for four in fours]
+                kept = is_kept(bytes_, scale_of(_pick(pairs, m.right(i, 1)), i), margins)
                 return [m.bit_xor(candidates, lowest), m.bit_or(found, m.select(kept, lowest, 0))]
-
-            def is_kept(head, i, shift, scale):
-                four = _pick(words[LANE_TOKENS // 4 * head : LANE_TOKENS // 4 * (head + 1)], m.right(i, 2))
-                byte = m.bit_and(m.right(four, shift), BINS - 1)
-                return m.less(byte, m.add(certified.bins_of(scale, *margins[head]), 1))
 
             return m.loop(m.count_ones(candidates), [candidates, *bits], look_at_one)[1:]
 
-        matters = functools.reduce(m.either, map(m.less, kept, most))
-        return m.update(matters, [bits], look)[0]
+        return m.update(m.less(0, candidates), [bits], look_at_scales)[0]
+
+
+def is_kept(bytes_, scale, margins):
+    """Whether a token of some scale is kept for its deviation by a head; bytes and margins of each head in turn."""
+    kept = [m.less(byte, m.add(certified.bins_of(scale, *x), 1)) for byte, x in zip(bytes_, margins, strict=True)]
+    return functools.reduce(m.either, kept)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,9 +247,15 @@ def attended_tokens(
       compare: of `comparisons`; words: of `load_words`; shared: address of the rule's words [WORDS,H].
     """
     bits = rule.more(heads, tokens, inputs, row, token, words, kept_tokens(words, compare), shared)
+    scored, others = scored_and_others(token, sink=sink, quantized=quantized, length=length)
+    return m.bit_or(m.bit_and(bits, scored), others)
+
+
+def scored_and_others(token, *, sink: int, quantized, length):
+    """16 bits each, of the tokens from one on: those that are scored, and those that are attended whatever is kept."""
     sinks, coded, held = (_bits_below(limit, token) for limit in (m.value(sink), quantized, length))
     is_scored = m.bit_and(coded, m.bit_xor(sinks, 0xFFFF))
-    return m.bit_and(held, m.bit_or(bits, m.bit_xor(is_scored, 0xFFFF)))
+    return m.bit_and(held, is_scored), m.bit_and(held, m.bit_xor(is_scored, 0xFFFF))
 
 
 def _bits_below(limit, token):

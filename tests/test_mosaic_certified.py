@@ -173,24 +173,29 @@ def test_selection_of_everything_in_an_emulator(monkeypatch):
 
 def test_selection_of_several_passes_in_an_emulator(monkeypatch):
     emulate(monkeypatch)
-    monkeypatch.setattr(mosaic_compact, "NOISY_BLOCKS", 4)
+    monkeypatch.setattr(mosaic_compact, "BLOCKS", 4)
     shape = Shape(2, 1, 3, 10240, 128)
-    assert mosaic_compact.passes_of(2, shape.tokens, noisy=True) > 1
+    assert mosaic_compact.passes_of(2, shape.tokens) > 1
     check_selection(shape, certified=True)
 
 
 def check_again(shape, jit=lambda run: run):
     """Lists by limits that are given, in some of the kv heads."""
     bins, _, (_, _, limits) = check_selection(shape, certified=True, jit=jit)
+    limits = limits.at[..., 3].add(9).at[..., 4].add(3)
+    check_lists_by_limits(shape, bins, limits, inputs(shape)[3], jit=jit)
+
+
+def check_lists_by_limits(shape, bins, limits, scale, jit=lambda run: run):
+    """Against the definition, in float64; returns the shares of scored tokens that are kept."""
     quantized, length = ranges(shape)
-    scale = inputs(shape)[3]
     rows = np.arange(shape.batch * shape.kv_heads).reshape(shape.batch, shape.kv_heads) % 3 != 1
     # One head of a kv head that is short is enough.
-    limits = limits.at[..., 3].add(9).at[..., 4].add(3).at[..., -1].set(0).at[:, :, shape.group - 1, -1].set(rows)
+    limits = limits.at[..., -1].set(0).at[:, :, shape.group - 1, -1].set(rows)
     again = jit(lambda *arrays: mosaic_certified.select_again(*arrays, quantized, length, sink=FIRST, deviations=K))
     indices, counts = again(bins, limits, scale)
     bytes_, noise, limits = np.asarray(bytes_of(bins)), np.asarray(limits)[..., 0], np.asarray(limits)
-    position = np.arange(shape.tokens)
+    position, shares = np.arange(shape.tokens), []
     for b, k in np.ndindex(rows.shape):
         if not rows[b, k]:
             assert counts[b, k] == 0
@@ -207,11 +212,39 @@ def check_again(shape, jit=lambda run: run):
         chosen[np.asarray(indices[b, k, : counts[b, k]])] = True
         held = ~scored & (position < int(length[b]))
         assert np.all(chosen >= (least & scored | held)) and np.all(chosen <= (most & scored | held))
+        if scored.any():
+            shares.append(chosen[scored].mean())
+    return shares
 
 
 def test_selection_by_limits_in_an_emulator(monkeypatch):
     emulate(monkeypatch)
     check_again(Shape(2, 2, 4, 1024, 128))
+
+
+def check_many_candidates(shape, jit=lambda run: run):
+    """Lists of tokens whose scales decide, most of them in some threads' passes, and few or none in others'."""
+    rng = np.random.default_rng(4)
+    heads, tokens = (shape.batch, shape.kv_heads, shape.group), shape.tokens
+    bytes_ = rng.integers(1, 44, (*heads, tokens)).astype(np.uint8)
+    few = np.repeat(rng.random(tokens // 16) < 0.5, 16) & (rng.random(tokens) < 0.95)
+    bytes_[..., few] = 255
+    noise, depth = (jnp.asarray(rng.uniform(*x, heads), jnp.float32) for x in ((0.3, 1.2), (-15, 0)))
+    limits = jnp.zeros((*heads, 8)).at[..., 0].set(noise).at[..., 3].set(1).at[..., 4].set(depth)
+    scale = jnp.asarray(rng.uniform(0.1, 2, (*heads[:2], tokens)), jnp.bfloat16)
+    shares = check_lists_by_limits(shape, words_of(jnp.asarray(bytes_)), padded(limits), scale, jit=jit)
+    # None is kept in any case.
+    assert shares and all(0.1 < share < 0.5 for share in shares)
+
+
+@pytest.mark.parametrize(
+    "shape,passes", [(Shape(2, 2, 3, 10240, 128), 3), (Shape(1, 2, 5, 2560, 64), 1), (Shape(1, 1, 1, 16384, 64), 8)]
+)  # fmt: skip
+def test_many_candidates_in_an_emulator(shape, passes, monkeypatch):
+    """One pass a block and several; a block that ends past the capacity."""
+    emulate(monkeypatch)
+    monkeypatch.setattr(mosaic_compact, "GIVEN_PASSES", passes)
+    check_many_candidates(shape)
 
 
 def sums_of_lists(partial, heads):
@@ -338,6 +371,11 @@ class TestOnHopper:
 
     def test_selection_by_limits(self):
         check_again(Shape(2, 8, 4, 10240, 128), jit=jax.jit)
+
+    @pytest.mark.parametrize("passes", [1, 2, 6])
+    def test_many_candidates(self, passes, monkeypatch):
+        monkeypatch.setattr(mosaic_compact, "GIVEN_PASSES", passes)
+        check_many_candidates(Shape(2, 8, 4, 32768, 128), jit=jax.jit)
 
     @pytest.mark.parametrize("shape", [Shape(1, 8, 4, 32768, 128), Shape(2, 2, 16, 2048, 64)], ids=str)
     def test_verified_attention(self, shape):
