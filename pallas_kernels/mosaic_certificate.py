@@ -5,7 +5,7 @@ The equations are those of rabitq_jax/certificate.py.
 
 from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import BINS_PER_NAT, State
-from pallas_kernels.mosaic_certified_threshold import Rule, lower_limits
+from pallas_kernels.mosaic_certified_threshold import SHORT, Rule, lower_limits
 from pallas_kernels.mosaic_top_p_threshold import exp, warp_sum
 from pallas_kernels.prepare_query import SAMPLES
 
@@ -71,11 +71,15 @@ def store_numbers(numbers, ref, place):
 
 
 def limits_of_second_round(rule: Rule, lane, state: State, head, scored, limits, certificate):
-    """Lower limits where the bound is below p, and 1 in place of the largest scale; as they were, and 0, elsewhere."""
+    """Lower limits, marked, where the bound is below p; as they were elsewhere."""
     attended, own, rest, bulk, _, bound = certificate
     if not rule.certified or rule.top_p == 1:
-        return [*limits[:-1], m.value(0.0)]
+        return _marked(limits, 0.0)
     is_short = m.less_float(bound, rule.top_p)
     known = attended, own, rest, bulk
     lowered = m.update(is_short, limits, lambda limits: lower_limits(rule, lane, state, head, scored, limits, known))
-    return [*lowered[:-1], m.select(is_short, 1.0, 0.0)]
+    return _marked(lowered, m.select(is_short, 1.0, 0.0))
+
+
+def _marked(limits, is_short):
+    return [*limits[:SHORT], m.value(is_short), *limits[SHORT + 1 :]]

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic_attention, mosaic_compact, mosaic_extend, mosaic_score_bins, mosaic_verify
-from pallas_kernels.mosaic_certified_threshold import Rule
+from pallas_kernels.mosaic_certified_threshold import SHORT, Rule
 from pallas_kernels.mosaic_top_p import zeros
 
-__all__ = ["Rule", "attend", "attend_again", "score_and_select", "select_again", "zeros"]
+__all__ = ["SHORT", "Rule", "attend", "attend_again", "score_and_select", "select_again", "zeros"]
 
 
 def score_and_select(

@@ -40,14 +40,17 @@ from pallas_kernels.mosaic_top_p_threshold import warp_sum
 PASS_TOKENS = LANE_TOKENS * m.WARPGROUP
 # Passes of a block: so many that the blocks are on the device all at once, and still fill it.
 BLOCKS, LARGEST_PASSES = 640, 6
+# A rule that looks at deviations takes more registers: fewer blocks fit.
+NOISY_BLOCKS, LARGEST_NOISY_PASSES = 512, 8
 GIVEN_PASSES = 2
 # Candidates whose scales a thread waits for at a time.
 CANDIDATES = 2
 
 
-def passes_of(rows: int, tokens: int) -> int:
+def passes_of(rows: int, tokens: int, *, noisy: bool = False) -> int:
     """Passes of `PASS_TOKENS` tokens that a block makes."""
-    return max(1, min(rows * tokens // (PASS_TOKENS * BLOCKS), LARGEST_PASSES))
+    blocks, largest = (NOISY_BLOCKS, LARGEST_NOISY_PASSES) if noisy else (BLOCKS, LARGEST_PASSES)
+    return max(1, min(rows * tokens // (PASS_TOKENS * blocks), largest))
 
 
 def blocks(rows: int, tokens: int) -> int:
@@ -117,7 +120,7 @@ def _call(
 ):  # fmt: skip
     batch, kv_heads, octets, group, _ = bins.shape
     rows, tokens = batch * kv_heads, 8 * octets
-    passes = passes or passes_of(rows, tokens)
+    passes = passes or passes_of(rows, tokens, noisy=rule.margin)
     sizes = _Sizes(
         kv_heads=kv_heads, group=group, heads=heads, tokens=tokens, passes=passes,
         blocks=-(-tokens // (PASS_TOKENS * passes)), state_words=state.shape[-1], sink=sink, rule=rule,

@@ -19,6 +19,7 @@ from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import State
 from pallas_kernels.mosaic_certificate import certify, load_sample, store_numbers, typical_deviation
 from pallas_kernels.mosaic_certified_threshold import Rule
+from pallas_kernels.mosaic_certified_threshold import words as certified_words
 from pallas_kernels.mosaic_found import KINDS
 from pallas_kernels.mosaic_parts import Parts, SumOfParts
 from pallas_kernels.mosaic_rules import LANE_TOKENS, Given, attended_tokens, comparisons, load_limits, load_words
@@ -249,7 +250,8 @@ class _Block:
         sizes, head = self.sizes, m.thread_index()
 
         def store():
-            words = sizes.given.words(load_limits(self.limits, m.add(m.multiply(self.row, sizes.heads), head)))
+            limits = load_limits(self.limits, m.add(m.multiply(self.row, sizes.heads), head))
+            words = certified_words(limits, sizes.given.deviations)
             for i, word in enumerate(words):
                 m.store_shared(self.shared(sizes.rule_at, m.add(head, sizes.heads * i)), [word])
 

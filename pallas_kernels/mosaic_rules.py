@@ -216,16 +216,11 @@ class Given(_ByDeviation):
     def length(self, inputs, row, length):
         heads = -(-self.group // HEADS) * HEADS
         at = m.address(inputs[0], m.multiply(row, heads * LIMITS))
-        marks = [m.as_float(m.load(at, offset=4 * (LIMITS * head + LIMITS - 1))[0]) for head in range(self.group)]
+        marks = [m.as_float(m.load(at, offset=4 * (LIMITS * head + certified.SHORT))[0]) for head in range(self.group)]
         return m.select(functools.reduce(m.either, [m.less_float(0.0, mark) for mark in marks]), length, 0)
 
     def find(self, inputs, place, head, lane, state: State | None, scored):
-        return self.words(load_limits(inputs[0], place)), lambda reports, place: None
-
-    def words(self, limits):
-        """The words of a head."""
-        # Its largest scale made way for the mark.
-        return certified.words([*limits[:-1], m.value(float("inf"))], self.deviations)
+        return certified.words(load_limits(inputs[0], place), self.deviations), lambda reports, place: None
 
 
 def load_words(bins, row, token, group: int, tokens: int):

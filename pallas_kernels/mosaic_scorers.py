@@ -93,18 +93,17 @@ class Scorer:
         self.copies = CodeCopies(sizes.run, first, bits, [scale, *bias], m.add(shared, 4 * sizes.counter_words))
         self.copies.begin()
         self.columns = self._load_columns(planes)
-        self.factors, self.bases = [], []
+        self.base, self.factors = base, []
         for h in range(sizes.groups):
             gain, minus_sum = map(m.as_float, m.load(m.address(factors, m.left(self._head(h), 1)), words=2))
-            self.bases.append(m.as_float(m.load(m.address(base, self._head(h)))[0]))
-            self.factors.append(_Factors.of(gain, minus_sum, self.bases[-1]))
+            (top,) = m.load(m.address(base, self._head(h)))
+            self.factors.append(_Factors.of(gain, minus_sum, m.as_float(top)))
         self.half_variances = [self._half_variance(noise, h) for h in range(sizes.groups)] if sizes.noisy else []
 
     def _half_variance(self, noise, h):
-        """Of a unit of scale, of this lane's head of group h: - sd^2 / 2, and - sd^2 as a depth."""
+        """- sd^2 / 2 of a unit of scale, of this lane's head of group h."""
         deviation = m.as_float(m.load(m.address(noise, self._head(h)))[0])
-        variance = m.multiply_float(deviation, deviation)
-        return m.multiply_float(variance, -0.5), m.multiply_float(variance, -BINS_PER_NAT / DEEPEST)
+        return m.multiply_float(m.multiply_float(deviation, deviation), -0.5)
 
     def _head(self, h):
         """Index in [R,H] of this lane's head of group h."""
@@ -214,8 +213,10 @@ class Scorer:
     def flush(self, peaks, state: State):
         """Add the block's bins, and its largest scores, one a group and lane, to the row's."""
         sizes, shared, lane = self.sizes, self.shared, m.bit_and(m.thread_index(), 31)
-        for h, (mine, base) in enumerate(zip(peaks, self.bases, strict=True)):
+        for h, mine in enumerate(peaks):
             mine = m.minimum(mine, 3e38)
+            # Asked for again, so that no register holds it while tokens are scored.
+            base = m.as_float(m.load_written(m.address(self.base, self._head(h)))[0])
             peak = mine
             for lanes in (4, 8, 16):
                 peak = m.maximum(peak, m.shuffle_xor(peak, lanes))
@@ -253,12 +254,12 @@ class NoisyScorer(Scorer):
         return [*super().no_peaks(), m.value(0)]
 
     def see_scores(self, h, scores, scales, scale_words, scored, peaks):
-        minus_half, over = self.half_variances[h]
-        squares = [m.multiply_float(scale, scale) for scale in scales]
-        debiased = [m.fma(square, minus_half, z) for square, z in zip(squares, scores, strict=True)]
+        halves = [m.multiply_float(m.multiply_float(scale, scale), self.half_variances[h]) for scale in scales]
+        debiased = [m.add_float(z, half) for half, z in zip(halves, scores, strict=True)]
         depths, peak = self._count(h, debiased, scored, peaks[h])
         # z + sd^2 / 2 is sd^2 less deep, and at most that where the last bin has cut a depth off.
-        raised = [_saturate(square, over, depth) for square, (_, depth) in zip(squares, depths, strict=True)]
+        twice = 2 * BINS_PER_NAT / DEEPEST
+        raised = [_saturate(half, twice, depth) for half, (_, depth) in zip(halves, depths, strict=True)]
         packed = m.pack_second_bytes([_steps(depth) for depth in raised])
         largest = self._largest_scale(peaks[-1], scale_words, scored) if h == 0 else peaks[-1]
         return packed, [*peaks[:h], peak, *peaks[h + 1 : -1], largest]

@@ -22,7 +22,7 @@ from pallas_kernels.mosaic_certificate import (
     store_numbers,
     typical_deviation,
 )
-from pallas_kernels.mosaic_certified_threshold import Rule
+from pallas_kernels.mosaic_certified_threshold import SHORT, Rule
 from pallas_kernels.mosaic_parts import Parts, SumOfParts, columns_of
 from pallas_kernels.mosaic_rules import load_limits
 
@@ -44,7 +44,7 @@ def verify(
 
     Returns:
       Output [B,K,G,D]; summary float32 [B,K,G,8], of `rabitq_jax.certificate.Round`; and limits of a second
-      round float32 [B,K,H,LIMITS], the last number being 1 where a head is short and 0 elsewhere; undefined in heads
+      round float32 [B,K,H,LIMITS], of which number `SHORT` is 1 where a head is short, and 0 elsewhere; undefined in heads
       that are not real.
     """
     batch, kv_heads, heads = limits.shape[:3]
@@ -132,7 +132,7 @@ def _kernel(
             def store():
                 store_numbers(numbers, summary, m.add(m.multiply(row, sizes.group), head))
                 store_numbers(second, lower, m.add(m.multiply(row, sizes.heads), head))
-                m.when(m.less_float(0.0, second[-1]), lambda: m.store(states.short(), [m.value(1)]))
+                m.when(m.less_float(0.0, second[SHORT]), lambda: m.store(states.short(), [m.value(1)]))
 
             m.when(m.less(lane, 1), store)
 

@@ -88,7 +88,7 @@ class NoisyBins:
             self._state, first.out, first.summary,
             softmax_scale=self._softmax_scale, sink=self._config.sink, rule=self._rule,
         )  # fmt: skip
-        short = self._second[:, :, : self._query.shape[2], -1] > 0
+        short = self._second[:, :, : self._query.shape[2], mosaic_certified.SHORT] > 0
         # This launch is left out where nobody asks for the list.
         again, _ = mosaic_certified.select_again(
             self._bins, self._second, scale, cache.quantized, cache.length,

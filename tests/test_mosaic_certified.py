@@ -9,6 +9,7 @@ from scipy.stats import norm
 from benchmarks.shapes import Shape
 from pallas_kernels import mosaic_certified, mosaic_compact, mosaic_found
 from pallas_kernels.mosaic_bins import bytes_of, counts_and_peaks, words_of
+from pallas_kernels.mosaic_certified_threshold import SHORT
 from rabitq_jax import RaBitQConfig
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.noisy_bins import rule_of
@@ -173,9 +174,9 @@ def test_selection_of_everything_in_an_emulator(monkeypatch):
 
 def test_selection_of_several_passes_in_an_emulator(monkeypatch):
     emulate(monkeypatch)
-    monkeypatch.setattr(mosaic_compact, "BLOCKS", 4)
+    monkeypatch.setattr(mosaic_compact, "NOISY_BLOCKS", 4)
     shape = Shape(2, 1, 3, 10240, 128)
-    assert mosaic_compact.passes_of(2, shape.tokens) > 1
+    assert mosaic_compact.passes_of(2, shape.tokens, noisy=True) > 1
     check_selection(shape, certified=True)
 
 
@@ -191,7 +192,7 @@ def check_lists_by_limits(shape, bins, limits, scale, jit=lambda run: run):
     quantized, length = ranges(shape)
     rows = np.arange(shape.batch * shape.kv_heads).reshape(shape.batch, shape.kv_heads) % 3 != 1
     # One head of a kv head that is short is enough.
-    limits = limits.at[..., -1].set(0).at[:, :, shape.group - 1, -1].set(rows)
+    limits = limits.at[..., SHORT].set(0).at[:, :, shape.group - 1, SHORT].set(rows)
     again = jit(lambda *arrays: mosaic_certified.select_again(*arrays, quantized, length, sink=FIRST, deviations=K))
     indices, counts = again(bins, limits, scale)
     bytes_, noise, limits = np.asarray(bytes_of(bins)), np.asarray(limits)[..., 0], np.asarray(limits)
@@ -230,7 +231,7 @@ def check_many_candidates(shape, jit=lambda run: run):
     few = np.repeat(rng.random(tokens // 16) < 0.5, 16) & (rng.random(tokens) < 0.95)
     bytes_[..., few] = 255
     noise, depth = (jnp.asarray(rng.uniform(*x, heads), jnp.float32) for x in ((0.3, 1.2), (-15, 0)))
-    limits = jnp.zeros((*heads, 8)).at[..., 0].set(noise).at[..., 3].set(1).at[..., 4].set(depth)
+    limits = jnp.zeros((*heads, 8)).at[..., 0].set(noise).at[..., 3].set(1).at[..., 4].set(depth).at[..., 7].set(2)
     scale = jnp.asarray(rng.uniform(0.1, 2, (*heads[:2], tokens)), jnp.bfloat16)
     shares = check_lists_by_limits(shape, words_of(jnp.asarray(bytes_)), padded(limits), scale, jit=jit)
     # None is kept in any case.

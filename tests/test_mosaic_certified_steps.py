@@ -14,6 +14,7 @@ from benchmarks.planting import spread_keys
 from benchmarks.shapes import Shape
 from pallas_kernels import mosaic_certified, mosaic_extend
 from pallas_kernels.mosaic_bins import BINS, PLACES, counts_and_peaks
+from pallas_kernels.mosaic_certified_threshold import SHORT
 from pallas_kernels.prepare_query import sample_positions
 from rabitq_jax import RaBitQConfig, attention, selection
 from rabitq_jax import thresholds as thresholds_module
@@ -221,7 +222,7 @@ def test_what_follows_from_sums_in_an_emulator(is_short, stretch, monkeypatch):
     short = np.asarray(want.bound < config.top_p)
     assert np.all(short) == np.any(short) == is_short
     got = Limits.of(bins, bins._second)
-    np.testing.assert_array_equal(got.last, short)
+    np.testing.assert_array_equal(got.numbers[..., SHORT], short)
     lower, below = extended_thresholds(
         limits.find_bulk, mass, thresholds, limits.below, want, short, top_p=config.top_p
     )  # fmt: skip
