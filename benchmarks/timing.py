@@ -2,8 +2,8 @@
 
 Kernel time is CUPTI's: the durations of the kernels of one call, summed, without launches and gaps. Before each call a
 kernel reads a buffer larger than L2, so that the call finds its inputs in memory. Wall time is a step's share of a
-jitted loop of chained steps: it holds the launches, the gaps, the loop's own 5 us a step, and a share of the 0.6 ms that
-the host takes to start the loop and to wait for it.
+jitted loop of chained steps: it holds the launches, the gaps, the loop's own 5 us a step, and a share of the 0.6 ms
+that the host takes to start the loop and to wait for it.
 
 Without a GPU there is nothing to ask CUPTI: kernel time is then the clock's, of single calls.
 """

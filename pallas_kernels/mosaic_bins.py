@@ -54,9 +54,10 @@ def state_words(heads: int, blocks: int) -> int:
 class State:
     """Where a row's numbers lie in the state.
 
-    bins [H,256,2]: sums of places, and counts, but for the last bin's; above [H,256]: 256 times as many tokens as are surely i to i + 1 bins
-    above base; peaks [H], as unsigned numbers in the order of the f32; the bits of the largest scale [1]; whether a
-    head is short [1], of `mosaic_verify`; tickets [1], of `mosaic_extend`; blocks [N], for `mosaic_compact`.
+    bins [H,256,2]: sums of places, and counts, but for the last bin's; above [H,256]: 256 times as many tokens as are
+    surely i to i + 1 bins above base; peaks [H], as unsigned numbers in the order of the f32; the bits of the largest
+    scale [1]; whether a head is short [1], of `mosaic_verify`; tickets [1], of `mosaic_extend`; blocks [N], for
+    `mosaic_compact`.
     """
 
     def __init__(self, ref, row, heads: int, words: int):

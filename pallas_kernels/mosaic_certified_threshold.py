@@ -14,8 +14,8 @@ from pallas_kernels.mosaic_bins import BINS, BINS_PER_NAT, LOG2_E, State
 from pallas_kernels.mosaic_top_p_threshold import LANE_BINS, bin_masses, exact_mass, from_key, load_bins, warp_sum
 
 # What is said of a head: noise; peak, the unit of masses being e^peak; base; how many bins are kept; the single
-# threshold in bins below base; C1; the total mass; and the largest scale of the row. In limits of a second round, whether
-# the head is short, 1 or 0, takes the place of the total.
+# threshold in bins below base; C1; the total mass; and the largest scale of the row. In limits of a second round,
+# whether the head is short, 1 or 0, takes the place of the total.
 LIMITS, SHORT = 8, 6
 
 

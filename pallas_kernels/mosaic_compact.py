@@ -134,7 +134,7 @@ def _call(
             *(jax.ShapeDtypeStruct((batch, kv_heads, heads, *shape), dtype) for dtype, shape in reports),
         ),
         blocks=rows * sizes.blocks,
-        shared_words=sizes.rule_words + (m.WARPGROUP + 4) * sizes.passes + 4,
+        shared_words=sizes.shared_words,
     )(bins, *inputs, quantized, length, state)
 
 
@@ -155,15 +155,36 @@ class _Sizes:
         return PASS_TOKENS * self.passes
 
     @property
-    def rule_words(self) -> int:
-        """Of shared memory, that say what each head keeps."""
+    def has_scales(self) -> bool:
+        """Whether scales are copied before it is known which are looked at: of one pass, that takes no time."""
+        return self.rule.margin and self.passes == 1
+
+    # Places in shared memory, in words: what each head keeps [WORDS,H], masks of each thread [passes,128], attended
+    # tokens of each warp [passes,4], the block's place, and scales of each thread's tokens [128,8].
+    @property
+    def masks_at(self) -> int:
         return self.heads * self.rule.WORDS
+
+    @property
+    def totals_at(self) -> int:
+        return self.masks_at + m.WARPGROUP * self.passes
+
+    @property
+    def place_at(self) -> int:
+        return self.totals_at + 4 * self.passes
+
+    @property
+    def scales_at(self) -> int:
+        return self.place_at + 4
+
+    @property
+    def shared_words(self) -> int:
+        return self.scales_at + (m.WARPGROUP * LANE_TOKENS // 2 if self.has_scales else 0)
 
 
 def _kernel(sizes: _Sizes, bins, *refs):
     """bins [R,T/8,G,2], the rule's inputs, quantized and length [B], state [R,Z]; indices [R,T], counts [R], the rule's
-    reports; shared memory: what each head keeps, bits of each thread [passes,128], kept tokens of each warp [passes,4],
-    the block's place."""
+    reports; shared memory: see `_Sizes`."""
     *refs, shared = refs
     inputs, refs = refs[: sizes.rule.INPUTS], refs[sizes.rule.INPUTS :]
     quantized, length, state, indices, counts, *reports = refs
@@ -178,6 +199,8 @@ def _kernel(sizes: _Sizes, bins, *refs):
 
     def run():
         first_words = load_words(bins, row, _token(start, 0), sizes.group, sizes.tokens)
+        if sizes.has_scales:
+            _copy_scales(sizes, inputs[-1], row, start, shared)
         scored = m.maximum_signed(m.subtract(quantized, sizes.sink), 0)
         _find_limits(sizes, row, block, scored, inputs, state, reports, shared)
         m.barrier()
@@ -214,11 +237,26 @@ def _find_limits(sizes: _Sizes, row, block, scored, inputs, state, reports, shar
         m.when(m.less(lane, 1), store)
 
 
+def _scales_of_thread(sizes: _Sizes, shared):
+    """Address of its tokens' scales."""
+    return m.add(shared, m.left(m.add(m.multiply(m.thread_index(), LANE_TOKENS // 2), sizes.scales_at), 2))
+
+
+def _copy_scales(sizes: _Sizes, scale, row, start, shared):
+    """Begin to copy those of this thread's tokens."""
+    # A block may reach past the capacity, where no token is a candidate.
+    token = m.minimum_signed(_token(start, 0), sizes.tokens - LANE_TOKENS)
+    at = m.address(scale, m.right(m.add(m.multiply(row, sizes.tokens), token), 1))
+    for i in range(0, 2 * LANE_TOKENS, 16):
+        m.copy(_scales_of_thread(sizes, shared), at, words=4, shared_offset=i, offset=i)
+    m.end_copies()
+
+
 def _masks(sizes: _Sizes, bins, inputs, row, words, start, quantized, length, shared):
     """16 bits a thread, for each pass: tokens that are attended. `words` are those of the first pass."""
     compare = comparisons([m.load_shared(shared, offset=4 * head)[0] for head in range(sizes.group)])
     candidates = sizes.rule.candidates(sizes.heads, shared)
-    mine = m.add(shared, m.left(m.add(m.thread_index(), sizes.rule_words), 2))
+    mine = m.add(shared, m.left(m.add(m.thread_index(), sizes.masks_at), 2))
 
     def store_mask(i, words):
         """Candidates are the upper half: to look at their scales here would hold up every pass."""
@@ -255,6 +293,8 @@ def _load_masks(sizes: _Sizes, mine):
 
 def _look_at_candidates(sizes: _Sizes, bins, scale, row, start, mine, shared):
     """Candidates, the upper halves of the thread's masks, are kept in the lower ones or dropped."""
+    if sizes.has_scales:
+        m.wait_copies(0)
     count, waiting = m.value(0), m.value(0)
     for i, mask in enumerate(_load_masks(sizes, mine)):
         candidates = m.right(mask, 16)
@@ -267,7 +307,7 @@ def _look_at_candidates(sizes: _Sizes, bins, scale, row, start, mine, shared):
         for _ in range(CANDIDATES):
             waiting, *candidate = _take_candidate(sizes, mine, start, waiting)
             taken.append(candidate)
-        known = [_bytes_and_scale(sizes, bins, scale, row, token) for _, _, token in taken]
+        known = [_bytes_and_scale(sizes, bins, scale, row, token, shared) for _, _, token in taken]
         margins = sizes.rule.load_margins(sizes.heads, shared)
         for (at, bit, _), of_token in zip(taken, known, strict=True):
             (mask,) = m.load_shared(at)
@@ -297,19 +337,23 @@ def _take_candidate(sizes: _Sizes, mine, start, waiting):
     return waiting, at, bit, m.minimum_signed(token, sizes.tokens - 1)
 
 
-def _bytes_and_scale(sizes: _Sizes, bins, scale, row, token):
-    """A token's bytes, of each head in turn, and its scale."""
-    place = m.add(m.multiply(row, sizes.tokens), token)
-    (pair,) = m.load(m.address(scale, m.right(place, 1)))
+def _bytes_and_scale(sizes: _Sizes, bins, scale, row, token, shared):
+    """The bytes of one of this thread's tokens, of each head in turn, and its scale."""
+    if sizes.has_scales:
+        word = m.right(m.bit_and(token, LANE_TOKENS - 1), 1)
+        (pair,) = m.load_shared(m.add(_scales_of_thread(sizes, shared), m.left(word, 2)))
+    else:
+        place = m.add(m.multiply(row, sizes.tokens), token)
+        (pair,) = m.load(m.address(scale, m.right(place, 1)))
     at = m.address(bins, word_of(row, token, 0, sizes.group, sizes.tokens))
     words = [m.load(at, offset=8 * head)[0] for head in range(sizes.group)]
-    return [byte_of(word, token) for word in words], scale_of(pair, place)
+    return [byte_of(word, token) for word in words], scale_of(pair, token)
 
 
 def _places(sizes: _Sizes, masks, block, state, shared):
     """Where in the row's list each pass of this thread begins, and the block; and how many tokens it lists."""
     warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), 31)
-    totals = m.add(shared, 4 * (sizes.rule_words + m.WARPGROUP * sizes.passes))
+    totals, place_at = m.add(shared, 4 * sizes.totals_at), m.add(shared, 4 * sizes.place_at)
     counts, through = [m.count_ones(mask) for mask in masks], []
     for i, count in enumerate(counts):
         for lanes in (1, 2, 4, 8, 16):
@@ -323,7 +367,6 @@ def _places(sizes: _Sizes, masks, block, state, shared):
     # One more, so that an empty block has said something too.
     publish = lambda: m.publish(state.block(block), m.add(total, 1))  # noqa: E731
     m.when(m.less(m.thread_index(), 1), publish)
-    place_at = m.add(totals, 16 * sizes.passes)
     m.when(m.less(warp, 1), lambda: _store_place(sizes, lane, block, state, place_at))
     m.barrier()
     before = m.load_shared(place_at)[0]

@@ -25,6 +25,9 @@ from pallas_kernels.mosaic_code_copies import STEP_TOKENS
 from pallas_kernels.mosaic_scorers import LEAST_BLOCK_TOKENS, NoisyScorer, Scorer, Sizes, clear_shared
 
 BLOCK_TOKENS = 2048
+# Steps that a warp takes in a round of a loop where blocks are few, up to five on each of 132 multiprocessors: then it
+# may have many registers.
+IN_ROW, FEW_BLOCKS = 4, 660
 
 
 def takes(tokens: int, words: int, centroids: int) -> bool:
@@ -62,17 +65,18 @@ def score_bins(
             f"tokens and centroids of multiples of {STEP_TOKENS}, got {32 * words}, {tokens} and {tokens // centroids}"
         )
     block = math.gcd(tokens, BLOCK_TOKENS)
+    blocks = batch * kv_heads * (tokens // block)
     sizes = Sizes(
         kv_heads=kv_heads, group=group, groups=heads // HEADS, tokens=tokens, words=words, centroids=centroids,
         block=block, state_words=state.shape[-1], first=first, bias_gain=None if bias is None else float(bias_gain),
-        noisy=noise is not None,
+        noisy=noise is not None, in_row=IN_ROW if blocks <= FEW_BLOCKS else 1,
     )  # fmt: skip
     optional = [x for x in (bias, noise) if x is not None]
     return m.call(
         functools.partial(_kernel, sizes),
         name="score_bins",
         out_type=jax.ShapeDtypeStruct((batch, kv_heads, tokens // 8, group, 2), jnp.int32),
-        blocks=batch * kv_heads * (tokens // block),
+        blocks=blocks,
         shared_words=sizes.counter_words + sizes.run.shared_words,
     )(planes, factors, base, shift, bits, scale, *optional, stop, state)
 

@@ -39,8 +39,6 @@ from pallas_kernels.mosaic_code_copies import STAGES, STEP_TOKENS, WARPS, CodeCo
 LEAST_BLOCK_TOKENS = STEP_TOKENS * WARPS
 # A word counts a block's tokens in 12 bits, above 20 bits for the sum of their places in a bin, of 0 to 255 each.
 COUNT_BITS = 20
-# Steps of a loop's round.
-IN_ROW = 1
 # The deepest that is told from less deep; depths are shares of it.
 DEEPEST = BINS - 1 / PLACES
 # 1.5 * 2^23: plus an integer n, it has n in its lowest bits.
@@ -60,6 +58,7 @@ class Sizes:
     first: int
     bias_gain: float | None
     noisy: bool
+    in_row: int
 
     @property
     def padded(self) -> int:
@@ -131,7 +130,7 @@ class Scorer:
     def run(self):
         """Score this warp's tokens; returns the largest scores, one a group."""
         steps, groups = self.sizes.run.steps, self.sizes.groups
-        in_row = math.gcd(steps, IN_ROW)
+        in_row = math.gcd(steps, self.sizes.in_row)
 
         def some(i, carried):
             for j in range(in_row):
@@ -336,7 +335,7 @@ def _saturate(x, factor, addend):
 
 
 def _steps(depth):
-    """An i32 whose lowest 16 bits are a depth, from 0 to 1, in steps of 1/256 of a bin; those above are of no meaning."""
+    """An i32 whose lowest 16 bits are a depth, from 0 to 1, in steps of 1/256 of a bin; the others mean nothing."""
     return m.as_int(m.fma(depth, PLACES * DEEPEST, 2.0**23))
 
 

@@ -44,8 +44,8 @@ def verify(
 
     Returns:
       Output [B,K,G,D]; summary float32 [B,K,G,8], of `rabitq_jax.certificate.Round`; and limits of a second
-      round float32 [B,K,H,LIMITS], of which number `SHORT` is 1 where a head is short, and 0 elsewhere; undefined in heads
-      that are not real.
+      round float32 [B,K,H,LIMITS], of which number `SHORT` is 1 where a head is short, and 0 elsewhere; undefined in
+      heads that are not real.
     """
     batch, kv_heads, heads = limits.shape[:3]
     rows = batch * kv_heads
