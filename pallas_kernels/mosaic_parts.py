@@ -131,19 +131,15 @@ class Parts:
         # An empty list has no parts, and gives zero.
         over_total = m.select(m.less_float(self.total, 1e-30), 0.0, m.reciprocal(self.total))
         values = [m.multiply_float(x, over_total) for x in sums]
-        at = m.address(out, words_of_numbers(m.add(place, column), self.dtype))
+        first = m.add(place, column)
+        is_whole = self.dtype == "float32"
+        # Of two bytes, two are a word; places and columns are even.
+        at = m.address(out, first if is_whole else m.right(first, 1))
         for i in range(0, len(values), 2):
             pair = values[i : i + 2]
-            words = list(map(m.as_int, pair)) if self.dtype == "float32" else [m.pack_pair(self.dtype, *pair)]
+            words = list(map(m.as_int, pair)) if is_whole else [m.pack_pair(self.dtype, *pair)]
             is_real = m.both(where, m.less(m.add(column, i), size))
-            m.store(at, words, offset=words_of_numbers(4 * i, self.dtype), where=is_real)
-
-
-def words_of_numbers(number, dtype: str):
-    """How many words so many numbers take, which are even where a word holds two."""
-    if dtype == "float32":
-        return number
-    return number // 2 if isinstance(number, int) else m.right(number, 1)
+            m.store(at, words, offset=(4 if is_whole else 2) * i, where=is_real)
 
 
 class SumOfParts:

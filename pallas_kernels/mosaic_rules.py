@@ -86,6 +86,10 @@ class Rule:
         del heads, shared
         return lambda words, bits: m.value(0)
 
+    def load_margins(self, heads: int, shared):
+        """What `is_kept` compares with, for each head; of a rule that has candidates."""
+        raise NotImplementedError
+
     def more(self, heads: int, tokens: int, inputs, row, token, words, bits, shared):
         """16 bits, of the tokens that are kept by how many bins are, and of those that are kept besides."""
         del heads, tokens, inputs, row, token, words, shared
@@ -147,7 +151,6 @@ class _ByDeviation(Rule):
         return find
 
     def load_margins(self, heads: int, shared):
-        """What `is_kept` compares with, for each head."""
         return [
             [m.as_float(m.load_shared(shared, offset=4 * (heads * i + head))[0]) for i in (2, 3, 4)]
             for head in range(self.group)

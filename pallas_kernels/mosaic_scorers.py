@@ -294,8 +294,8 @@ class _Factors:
 
     @classmethod
     def of(cls, gain, minus_sum, base):
-        # Of 22 bits, so that a product with MAGIC, which has two, is exact.
-        gain = m.as_float(m.bit_and(m.add(m.as_int(gain), 2), 0xFFFFFFFC))
+        # Cut to 22 bits, so that a product with MAGIC, which has two, is exact.
+        gain = m.as_float(m.bit_and(m.as_int(gain), 0xFFFFFFFC))
         return cls(
             gain,
             m.multiply_float(gain, -MAGIC),
