@@ -194,7 +194,7 @@ def emulate(monkeypatch):
         (Shape(2, 2, 4, 1024, 128), True),
         (Shape(1, 2, 5, 512, 64), False),
         (Shape(2, 1, 3, 512, 256), False),
-        (Shape(1, 1, 9, 512, 128), False),
+        (Shape(1, 1, 9, 640, 128), False),
         (Shape(2, 1, 2, 2560, 128), False),
     ],
     ids=str,
