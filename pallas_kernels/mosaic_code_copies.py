@@ -76,7 +76,7 @@ class CodeCopies:
             self._copy_step(m.value(i), i)
 
     def _copy_step(self, i, stage):
-        """To a stage, a number if it is known here. There may be no step i."""
+        """Begin to copy a step's codes to a stage; past the last step, nothing."""
         words = self.sizes.words
         where, token = m.less(i, self.sizes.steps), m.add(self._token, m.left(i, 5))
         token = m.add(token, m.left(self._lane, 1 if words == 2 else 0))
@@ -91,7 +91,7 @@ class CodeCopies:
         return m.add(at, m.multiply(stage, 4 * self.sizes.stage_words))
 
     def arrive(self, i, stage):
-        """Step i has arrived, at a stage; the next copies take the place of the step before."""
+        """Wait for step i, at a stage; the next copies begin, to the place of the step before."""
         m.wait_copies(STAGES - 2)
         m.warp_barrier()
         ahead = m.add(stage, STAGES - 1)

@@ -47,6 +47,8 @@ MAGIC = 1.5 * 2.0**23
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
+    """Of a launch: `block` tokens of a row a block, `in_row` steps of a warp in a round of its loop."""
+
     kv_heads: int
     group: int
     groups: int

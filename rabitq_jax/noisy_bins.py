@@ -70,8 +70,9 @@ class NoisyBins:
     def attend(self, kept, limits) -> Round:
         """Exact attention over what is kept, and what follows from it."""
         (indices, counts), cache, scale = kept, self._cache, self._scale
-        # What a tail is added to is rounded later.
-        dtype = jnp.float32 if self._config.tail == "mean" else self._query.dtype
+        # What a tail is added to is rounded later, and so are queries of a dtype that the kernels do not write.
+        is_last = self._config.tail == "drop" and self._query.dtype.itemsize == 2
+        dtype = self._query.dtype if is_last else jnp.float32
         out, summary, self._second, _ = mosaic_certified.attend(
             self._query, cache.keys, cache.values, indices, counts, self._bins, scale, cache.quantized, limits,
             self._state, softmax_scale=self._softmax_scale, sink=self._config.sink, rule=self._rule, dtype=dtype,

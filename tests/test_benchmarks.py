@@ -166,6 +166,11 @@ class TestTiming:
         assert state == 2 * (1 + 2)
         assert 0 < times.low <= times.median <= times.high
 
+    def test_loops_that_restart_begin_where_the_first_did(self, results):
+        first = jnp.zeros(())
+        _, state = timing.step_times(lambda i, state, one: state + one, first, jnp.ones(()), restart=True)
+        assert state == 2 and first == 0
+
     def test_after_keeps_the_array_whatever_its_dtype(self):
         result = (jnp.ones((2, 3)), jnp.ones(2, jnp.int32))
         for array in (jnp.arange(3, dtype=jnp.int8), jnp.arange(3.0)):

@@ -70,6 +70,7 @@ def check_selection(shape, *, certified, top_p=0.9, offset=1.03, largest=1.0, bi
             head.check_bytes(bytes_[at][scored[b]])
             head.check_counts(counted[at])
             head.check_limits(limits[at], promise, float(noise[at]), exact=offset > 0)
+            assert limits[at][7] == np.max(np.asarray(arguments[3], np.float64)[b, k][scored[b]], initial=0)
             kept, depth = limits[at][3:5]
             deepest = depth + 8 * K * sd[at] - 4 * sd[at] ** 2
             for union, slack in ((least, -1e-2), (most, 1e-2)):

@@ -98,7 +98,10 @@ def score_bins(shape, levels, bits, gain, scale, bias, bias_gain, shift, base, *
         first=FIRST,
         stop=stop,
     )
-    counts, peak = mosaic_bins.counts_and_peaks(state[...], padded_heads(shape.group), jnp.maximum(stop - FIRST, 0))
+    heads = padded_heads(shape.group)
+    last_bins = state[...][..., : 512 * heads].reshape(*state.shape[:2], heads, 256, 2)[..., -1, :]
+    assert jnp.all(last_bins == 0), "the last bin is what is left"
+    counts, peak = mosaic_bins.counts_and_peaks(state[...], heads, jnp.maximum(stop - FIRST, 0))
     return bins, counts[:, :, : shape.group], peak[:, :, : shape.group]
 
 
