@@ -278,6 +278,7 @@ SECOND_ROUNDS = [
     (Shape(1, 2, 3, 2560, 128), jnp.bfloat16),
     (Shape(2, 1, 5, 512, 64), jnp.bfloat16),
     (Shape(1, 1, 1, 512, 80), jnp.float16),
+    (Shape(17, 2, 1, 512, 64), jnp.bfloat16),
 ]
 
 

@@ -299,7 +299,7 @@ def kept_bins(places, counts, above, base, peak, exact_lse, top_p):
     return 256
 
 
-@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize(
     "shape,device_blocks",
     [
