@@ -208,7 +208,8 @@ def test_score_bins_in_an_emulator(shape, bias, monkeypatch):
     emulate(monkeypatch)
     if shape.batch == 2:
         monkeypatch.setattr(mosaic_score_bins, "FEW_BLOCKS", 0)
-    arguments = inputs(shape, bias=bias)
+    # With a bias, a centroid for each step of 32 tokens.
+    arguments = inputs(shape, bias=bias, centroids=shape.tokens // 32 if bias else 4)
     stop, _ = ranges(shape)
     check_bins(shape, arguments, stop, lambda *a: score_bins(shape, *a, stop=stop))
 
