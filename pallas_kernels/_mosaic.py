@@ -123,6 +123,16 @@ def block_index() -> ir.Value:
     return arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x))
 
 
+def thread_index_anew() -> ir.Value:
+    """The same number. What is computed of it takes no registers before."""
+    return ptx("mov.u32 $0, %tid.x;", [], "r", effects=True)[0]
+
+
+def block_index_anew() -> ir.Value:
+    """The same number. What is computed of it takes no registers before."""
+    return ptx("mov.u32 $0, %ctaid.x;", [], "r", effects=True)[0]
+
+
 def barrier() -> None:
     """Wait for all threads of the block."""
     gpu.barrier()
@@ -367,11 +377,6 @@ def second_byte(x) -> ir.Value:
     return ptx("prmt.b32 $0, $1, $2, 0x4441;", [x, 0], "r")[0]
 
 
-def with_lowest_byte(word, x) -> ir.Value:
-    """A word, but for its lowest byte, which is that of x."""
-    return ptx("prmt.b32 $0, $1, $2, 0x7650;", [x, word], "r")[0]
-
-
 def pack_second_bytes(words) -> ir.Value:
     """The second lowest bytes of four words, first lowest."""
     low = ptx("prmt.b32 $0, $1, $2, 0x0051;", words[:2], "r")[0]
@@ -452,9 +457,9 @@ def maximum(a, b) -> ir.Value:
     return ptx("max.f32 $0, $1, $2;", [a, b], "f")[0]
 
 
-def maximum_or_nan(a, b) -> ir.Value:
-    """The larger f32; NaN if one is."""
-    return ptx("max.NaN.f32 $0, $1, $2;", [a, b], "f")[0]
+def minimum_or_nan(a, b) -> ir.Value:
+    """The smaller f32; NaN if one is."""
+    return ptx("min.NaN.f32 $0, $1, $2;", [a, b], "f")[0]
 
 
 def when(condition, body) -> None:
@@ -465,10 +470,10 @@ def when(condition, body) -> None:
         scf.yield_([])
 
 
-def update(condition, carried, body) -> list[ir.Value]:
-    """body(carried) where the condition holds, and carried elsewhere; carried is a list."""
+def update(condition, carried, body, otherwise=list) -> list[ir.Value]:
+    """body(carried) where the condition holds, and otherwise(carried) elsewhere, by default carried; a list."""
     branch = scf.IfOp(condition, [x.type for x in carried], has_else=True)
-    for block, run in ((branch.then_block, body), (branch.else_block, list)):
+    for block, run in ((branch.then_block, body), (branch.else_block, otherwise)):
         assert block is not None
         with ir.InsertionPoint(block):
             scf.yield_(run(carried))

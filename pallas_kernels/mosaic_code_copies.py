@@ -111,6 +111,18 @@ class CodeCopies:
         first = 4 * STAGES * sizes.stage_words
         return [m.load_shared(at, words=2, offset=first + 4 * sizes.array_words * j) for j in range(sizes.arrays)]
 
+    def scale_words(self):
+        """A lane's share of the words of the first array, once all have arrived: the first token of each, in the run, and
+        the word; past the last one, zero."""
+        words = []
+        for first in range(0, self.sizes.array_words, 32):
+            word = m.add(self._lane, first)
+            is_real = m.less(word, self.sizes.array_words)
+            at = m.add(self._shared, m.left(m.select(is_real, word, 0), 2))
+            (pair,) = m.load_shared(at, offset=4 * STAGES * self.sizes.stage_words)
+            words.append((m.left(word, 1), m.select(is_real, pair, 0)))
+        return words
+
 
 def _place(piece):
     """Where of 32 pieces one lies."""

@@ -20,14 +20,14 @@ from pallas_kernels.mosaic_bins import State
 from pallas_kernels.mosaic_certificate import certify, load_sample, store_numbers, typical_deviation
 from pallas_kernels.mosaic_certified_threshold import Rule
 from pallas_kernels.mosaic_certified_threshold import words as certified_words
+from pallas_kernels.mosaic_chunk import CHUNK, Chunk, chunk_words
 from pallas_kernels.mosaic_found import KINDS
 from pallas_kernels.mosaic_parts import Parts, SumOfParts
-from pallas_kernels.mosaic_rules import LANE_TOKENS, Given, attended_tokens, comparisons, load_limits, load_words
+from pallas_kernels.mosaic_rules import Given, comparisons, is_kept, kept_tokens, load_limits, scored_and_others
 from pallas_kernels.mosaic_top_p_threshold import warp_sum
 from pallas_kernels.mosaic_warp_attention import WARPS, Sizes, WarpAttention
 
 LANES = 32
-CHUNK = LANE_TOKENS * m.WARPGROUP
 # Blocks that are on the device at once, and the most that a kv head's tokens are split into.
 BLOCKS, LARGEST_PARTS = 264, 64
 # Words of marks of 32 rows, under way at once.
@@ -97,11 +97,15 @@ class _Sizes:
         assert self.attention.rule is not None
         return Given(deviations=self.attention.rule.deviations, group=self.group)
 
-    # Places in shared memory, in words: what attention takes, a list, the rule's words [WORDS,H], tokens of each warp,
-    # a ticket.
+    # Places in shared memory, in words: what attention takes, a chunk, a list, the rule's words [WORDS,H], tokens of each
+    # warp, a ticket.
+    @property
+    def chunk_at(self) -> int:
+        return self.attention.shared_words
+
     @property
     def list_at(self) -> int:
-        return self.attention.shared_words
+        return self.chunk_at + chunk_words(self.group)
 
     @property
     def rule_at(self) -> int:
@@ -207,6 +211,8 @@ class _Block:
             bins=bins, scale=scale, limits=limits, scored=self.scored,
         )  # fmt: skip
         self.warp, self._shared = self.attention.warp, m.shared_address(shared)
+        tokens = sizes.attention.tokens
+        self.chunk = Chunk(row, sizes.group, tokens, bins, scale, self.shared(sizes.chunk_at))
         self.ticket = State(state, row, sizes.heads, sizes.state_words).ticket()
 
     def shared(self, place, word: Any = 0):
@@ -216,20 +222,28 @@ class _Block:
     def attend(self, peaks, totals, outs, sums, tokens):
         """The block's part, to its place in the arrays."""
         sizes, attention = self.sizes, self.attention
-        self._store_rule()
-        m.barrier()
-        compare = comparisons(
-            [m.load_shared(self.shared(sizes.rule_at), offset=4 * head)[0] for head in range(sizes.group)]
-        )
         part = m.subtract(m.block_index(), self.first)
         chunks = m.divide(m.add(self.length, CHUNK - 1), CHUNK)
         start = m.minimum_signed(part, chunks)
         rounds = m.divide(m.add(m.subtract(chunks, start), m.subtract(self.parts, 1)), self.parts)
 
+        def begin(i):
+            chunk = m.add(part, m.multiply(i, self.parts))
+            m.when(m.less(i, rounds), lambda: self.chunk.begin(m.multiply(chunk, CHUNK)))
+
+        begin(m.value(0))
+        self._store_rule()
+        m.barrier()
+        compare = comparisons(
+            [m.load_shared(self.shared(sizes.rule_at), offset=4 * head)[0] for head in range(sizes.group)]
+        )
+
         def attend_chunk(i, carried):
             *progress, total = carried
             chunk = m.add(part, m.multiply(i, self.parts))
             count = self._list(m.multiply(chunk, CHUNK), compare)
+            # The next chunk is on its way while this one is attended.
+            begin(m.add(i, 1))
             progress = attention.attend(m.value(0), count, self._listed, progress)
             # The list makes way for the next one.
             m.barrier()
@@ -259,14 +273,8 @@ class _Block:
 
     def _list(self, start, compare):
         """List a chunk's tokens that are attended, in shared memory; returns how many."""
-        sizes = self.sizes
-        token = m.add(start, m.multiply(m.thread_index(), LANE_TOKENS))
-        words = load_words(self.bins, self.row, token, sizes.group, sizes.attention.tokens)
-        mask = attended_tokens(
-            sizes.given, compare, words, (self.limits, self.scale), self.row, token, self.shared(sizes.rule_at),
-            heads=sizes.heads, tokens=sizes.attention.tokens, sink=sizes.attention.sink, quantized=self.quantized,
-            length=self.length,
-        )  # fmt: skip
+        sizes, token = self.sizes, self.chunk.token(start)
+        mask = self._attended(token, compare)
         count = m.count_ones(mask)
         through = count
         for lanes in (1, 2, 4, 8, 16):
@@ -290,6 +298,30 @@ class _Block:
         m.loop(count, [mask], store)
         m.barrier()
         return functools.reduce(m.add, of_warps)
+
+    def _attended(self, token, compare):
+        """16 bits, of this thread's tokens of the chunk, of which it has the first."""
+        rule, heads, rule_at = self.sizes.given, self.sizes.heads, self.shared(self.sizes.rule_at)
+        words = self.chunk.words()
+        bits = kept_tokens(words, compare)
+        scored, others = scored_and_others(
+            token, sink=self.sizes.attention.sink, quantized=self.quantized, length=self.length
+        )  # fmt: skip
+        candidates = m.bit_and(rule.candidates(heads, rule_at)(words, bits), scored)
+
+        def look(carried):
+            margins = rule.load_margins(heads, rule_at)
+
+            def look_at_one(_, carried):
+                rest, found = carried
+                lowest = m.bit_and(rest, m.subtract(0, rest))
+                kept = is_kept(*self.chunk.bytes_and_scale(m.count_ones(m.subtract(lowest, 1))), margins)
+                return [m.bit_xor(rest, lowest), m.bit_or(found, m.select(kept, lowest, 0))]
+
+            return m.loop(m.count_ones(candidates), [candidates, *carried], look_at_one)[1:]
+
+        (bits,) = m.update(m.less(0, candidates), [bits], look)
+        return m.bit_or(m.bit_and(bits, scored), others)
 
     def is_last(self):
         """Whether all other blocks of the kv head and these query heads are done."""

@@ -12,8 +12,6 @@ from pallas_kernels import _mosaic as m
 from pallas_kernels import mosaic_certified_threshold as certified
 from pallas_kernels import mosaic_top_p_threshold as t
 from pallas_kernels.mosaic_bins import HEADS, State, word_of
-from pallas_kernels.mosaic_certificate import scale_of
-from pallas_kernels.mosaic_found import byte_of
 
 LANE_TOKENS = 16
 LIMITS = certified.LIMITS
@@ -90,11 +88,6 @@ class Rule:
         """What `is_kept` compares with, for each head; of a rule that has candidates."""
         raise NotImplementedError
 
-    def more(self, heads: int, tokens: int, inputs, row, token, words, bits, shared):
-        """16 bits, of the tokens that are kept by how many bins are, and of those that are kept besides."""
-        del heads, tokens, inputs, row, token, words, shared
-        return bits
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopP(Rule):
@@ -114,15 +107,6 @@ class TopP(Rule):
             m.store(m.address(reports[1], place), [m.as_int(share)])
 
         return [kept], report
-
-
-def _pick(values, i):
-    """values[i], a power of two of them; i is lower than twice their number."""
-    if len(values) == 1:
-        return values[0]
-    half = len(values) // 2
-    is_upper = m.not_less(m.bit_and(i, half), 1)
-    return _pick([m.select(is_upper, high, low) for low, high in zip(values[:half], values[half:], strict=True)], i)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,29 +139,6 @@ class _ByDeviation(Rule):
             [m.as_float(m.load_shared(shared, offset=4 * (heads * i + head))[0]) for i in (2, 3, 4)]
             for head in range(self.group)
         ]
-
-    def more(self, heads: int, tokens: int, inputs, row, token, words, bits, shared):
-        # Few tokens are in bins where their scales matter.
-        candidates = self.candidates(heads, shared)(words, bits)
-
-        def look_at_scales(bits):
-            at = m.minimum_signed(token, tokens - LANE_TOKENS)
-            at = m.address(inputs[-1], m.right(m.add(m.multiply(row, tokens), at), 1))
-            pairs = [w for i in range(LANE_TOKENS // 8) for w in m.load(at, words=4, offset=16 * i)]
-            margins = self.load_margins(heads, shared)
-
-            def look_at_one(_, carried):
-                candidates, found = carried
-                lowest = m.bit_and(candidates, m.subtract(0, candidates))
-                i = m.count_ones(m.subtract(lowest, 1))
-                fours = [words[first : first + LANE_TOKENS // 4] for first in range(0, len(words), LANE_TOKENS // 4)]
-                bytes_ = [byte_of(_pick(four, m.right(i, 2)), i) for four in fours]
-                kept = is_kept(bytes_, scale_of(_pick(pairs, m.right(i, 1)), i), margins)
-                return [m.bit_xor(candidates, lowest), m.bit_or(found, m.select(kept, lowest, 0))]
-
-            return m.loop(m.count_ones(candidates), [candidates, *bits], look_at_one)[1:]
-
-        return m.update(m.less(0, candidates), [bits], look_at_scales)[0]
 
 
 def is_kept(bytes_, scale, margins):
@@ -231,22 +192,13 @@ def load_words(bins, row, token, group: int, tokens: int):
     # A block may reach past the capacity, where no token is attended.
     token = m.minimum_signed(token, tokens - LANE_TOKENS)
     at = m.address(bins, word_of(row, token, 0, group, tokens))
-    words = [w for i in range(group) for w in m.load(at, words=4, offset=16 * i)]
+    return by_head([w for i in range(group) for w in m.load(at, words=4, offset=16 * i)], group)
+
+
+def by_head(words, group: int):
+    """4 words for each head in turn, of the words of two octets."""
     pairs = [words[i : i + 2] for i in range(0, 4 * group, 2)]
     return [w for head in range(group) for w in pairs[head] + pairs[group + head]]
-
-
-def attended_tokens(
-    rule: Rule, compare, words, inputs, row, token, shared, *, heads: int, tokens: int, sink: int, quantized, length
-):  # fmt: skip
-    """16 bits, of the tokens from one on that are attended: kept ones of those scored, sinks, and the window.
-
-    Args:
-      compare: of `comparisons`; words: of `load_words`; shared: address of the rule's words [WORDS,H].
-    """
-    bits = rule.more(heads, tokens, inputs, row, token, words, kept_tokens(words, compare), shared)
-    scored, others = scored_and_others(token, sink=sink, quantized=quantized, length=length)
-    return m.bit_or(m.bit_and(bits, scored), others)
 
 
 def scored_and_others(token, *, sink: int, quantized, length):

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import HEADS, State
 from pallas_kernels.mosaic_code_copies import STEP_TOKENS
-from pallas_kernels.mosaic_scorers import LEAST_BLOCK_TOKENS, NoisyScorer, Scorer, Sizes, clear_shared
+from pallas_kernels.mosaic_counters import Counters
+from pallas_kernels.mosaic_scorers import DEPTHS_PER_NAT, LEAST_BLOCK_TOKENS, NoisyScorer, Scorer, Sizes
 
 BLOCK_TOKENS = 2048
 # Steps that a warp takes in a round of a loop where blocks are few, up to five on each of 132 multiprocessors: then it
@@ -77,7 +78,7 @@ def score_bins(
         name="score_bins",
         out_type=jax.ShapeDtypeStruct((batch, kv_heads, tokens // 8, group, 2), jnp.int32),
         blocks=blocks,
-        shared_words=sizes.counter_words + sizes.run.shared_words,
+        shared_words=Counters.words(sizes.groups) + sizes.run.shared_words,
     )(planes, factors, base, shift, bits, scale, *optional, stop, state)
 
 
@@ -94,15 +95,36 @@ def _kernel(sizes: Sizes, planes, factors, base, shift, bits, scale, *rest):
     stop = m.maximum_signed(m.load(m.address(stop, m.divide(row, sizes.kv_heads)))[0], sizes.first)
     end = m.add(start, sizes.block)
     shared = m.shared_address(shared)
+    counters = Counters(sizes.groups, shared)
 
     def run(all_scored: bool):
+        """Least depths, one a group; and the largest scale where scores are noisy."""
         arrays = planes, factors, base, shift, bits, scale, bias, noise, bins
-        scorer = (NoisyScorer if sizes.noisy else Scorer)(sizes, row, start, stop, *arrays, shared, all_scored)
-        clear_shared(sizes, shared)
-        scorer.flush(scorer.run(), State(state, row, sizes.padded, sizes.state_words))
+        codes = m.add(shared, 4 * Counters.words(sizes.groups))
+        scorer = (NoisyScorer if sizes.noisy else Scorer)(sizes, row, start, stop, *arrays, counters, codes, all_scored)
+        counters.clear()
+        return scorer.run()
 
-    # Most blocks are scored as a whole, and need not ask token by token.
-    whole = m.both(m.not_less(start, sizes.first), m.not_less(stop, end))
-    some = m.both(m.less(start, stop), m.less(sizes.first, end))
-    m.when(whole, lambda: run(all_scored=True))
-    m.when(m.both(some, m.negate(whole)), lambda: run(all_scored=False))
+    def score():
+        # Most blocks are scored as a whole, and need not ask token by token.
+        whole = m.both(m.not_less(start, sizes.first), m.not_less(stop, end))
+        nothing = [m.value(0.0)] * (sizes.groups + sizes.noisy)
+        results = m.update(whole, nothing, lambda _: run(all_scored=True), lambda _: run(all_scored=False))
+        _flush(sizes, counters, base, state, *results)
+
+    m.when(m.both(m.less(start, stop), m.less(sizes.first, end)), score)
+
+
+def _flush(sizes: Sizes, counters: Counters, base, state, *results):
+    """Add what the block has seen to its row's state."""
+    # From here on all is reckoned anew, so that no register holds it while tokens are scored.
+    lane = m.bit_and(m.thread_index_anew(), 31)
+    row = m.divide(m.block_index_anew(), sizes.tokens // sizes.block)
+    state = State(state, row, sizes.padded, sizes.state_words)
+    head = m.add(m.multiply(row, sizes.padded), m.bit_and(lane, HEADS - 1))
+    bases = [m.as_float(m.load_written(m.address(base, m.add(head, HEADS * h)))[0]) for h in range(sizes.groups)]
+    least, largest_scale = results[: sizes.groups], results[sizes.groups :]
+    peaks = [m.fma(depth, -1 / DEPTHS_PER_NAT, first) for depth, first in zip(least, bases, strict=True)]
+    for scale in largest_scale:
+        m.when(m.less(lane, 1), functools.partial(m.max_global, state.largest_scale(), m.as_int(scale)))
+    counters.flush(bases, peaks, state)

@@ -5,6 +5,7 @@ nothing to do. Tensor-core and shuffle instructions follow the fragment layouts 
 for mma.m16n8k128"), not those that the kernels say they use.
 """
 
+import functools
 import math
 import re
 from types import SimpleNamespace
@@ -146,6 +147,12 @@ class Emulator:
     def block_index(self):
         return self.value(self.block)
 
+    def thread_index_anew(self):
+        return self.thread_index()
+
+    def block_index_anew(self):
+        return self.block_index()
+
     def barrier(self):
         assert self.mask.all(), "a barrier that not all threads reach"
 
@@ -281,8 +288,8 @@ class Emulator:
     def maximum(self, a, b):
         return np.fmax(self.value(a), self.value(b))
 
-    def maximum_or_nan(self, a, b):
-        return np.maximum(self.value(a), self.value(b))
+    def minimum_or_nan(self, a, b):
+        return np.minimum(self.value(a), self.value(b))
 
     def minimum(self, a, b):
         return np.fmin(self.value(a), self.value(b))
@@ -337,9 +344,6 @@ class Emulator:
     def second_byte(self, x):
         return x >> np.uint32(8) & np.uint32(255)
 
-    def with_lowest_byte(self, word, x):
-        return self.value(word) & np.uint32(0xFFFFFF00) | x & np.uint32(255)
-
     def pack_second_bytes(self, words):
         return sum((self.second_byte(word) << np.uint32(8 * i) for i, word in enumerate(words)), np.uint32(0))
 
@@ -352,13 +356,14 @@ class Emulator:
             body()
         self.mask = outer
 
-    def update(self, condition, carried, body):
+    def update(self, condition, carried, body, otherwise=list):
         result = list(carried)
 
-        def put():
-            result[:] = [np.where(condition, new, old) for new, old in zip(body(carried), carried, strict=True)]
+        def put(condition, body):
+            result[:] = [np.where(condition, new, old) for new, old in zip(body(carried), result, strict=True)]
 
-        self.when(condition, put)
+        for holds, run in ((condition, body), (~condition, otherwise)):
+            self.when(holds, functools.partial(put, holds, run))
         return result
 
     def loop(self, count, carried, body):

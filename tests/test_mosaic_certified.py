@@ -97,8 +97,7 @@ class _Head:
         self.bin = np.clip(np.floor(self.depth), 0, 255).astype(int)
 
     def check_bytes(self, bytes_):
-        # Cut off where z - sd^2 / 2 is.
-        depth = np.minimum(self.depth, 256 - 1 / 256) - 8 * self.sd**2
+        depth = self.depth - 8 * self.sd**2
         want = np.clip(np.floor(depth), 0, 255)
         near = np.abs(depth - np.round(depth)) < 0.5 / 256 + 2e-3
         assert np.all((bytes_ == want) | (near & (np.abs(bytes_ - want) <= 1)))

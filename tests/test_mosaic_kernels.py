@@ -15,8 +15,10 @@ from pallas_kernels import (
     mosaic_bins,
     mosaic_certificate,
     mosaic_certified_threshold,
+    mosaic_chunk,
     mosaic_code_copies,
     mosaic_compact,
+    mosaic_counters,
     mosaic_extend,
     mosaic_found,
     mosaic_parts,
@@ -181,10 +183,10 @@ def check_selection(shape, sharpness, offset, *, top_p=0.9, jit=lambda run: run)
 
 def emulate(monkeypatch):
     emulator = Emulator()
-    scores = mosaic_score_bins, mosaic_scorers, mosaic_code_copies
+    scores = mosaic_score_bins, mosaic_scorers, mosaic_code_copies, mosaic_counters
     thresholds = mosaic_top_p_threshold, mosaic_certified_threshold
     attention = mosaic_attention, mosaic_warp_attention, mosaic_found, mosaic_parts
-    certificates = mosaic_certificate, mosaic_verify, mosaic_extend
+    certificates = mosaic_certificate, mosaic_verify, mosaic_extend, mosaic_chunk
     for module in (mosaic_bins, *scores, *thresholds, mosaic_compact, mosaic_rules, *attention, *certificates):
         monkeypatch.setattr(module, "m", emulator)
     # An emulated block takes long.
