@@ -249,6 +249,13 @@ def take_ticket(at) -> ir.Value:
     return ptx("atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", [at], "r", effects=True)[0]
 
 
+def wait_tickets(at, number) -> None:
+    """Wait until so many took one there; what their threads' blocks wrote before that is seen then. Blocks start in order,
+    and no block may wait of which a later one's ticket is needed unless all but a few of them end without waiting."""
+    text = "{ .reg .pred p; .reg .b32 n; AGAIN: ld.acquire.gpu.global.b32 n, [$0]; setp.lt.u32 p, n, $1; @p bra AGAIN; }"
+    ptx(text, [at, number], effects=True)
+
+
 def load_shared(at, *, words: int = 1, offset: int = 0) -> list[ir.Value]:
     vector = "" if words == 1 else f".v{words}"
     text = f"ld.shared{vector}.b32 {_operands(0, words)}, [${words}+{offset}];"
@@ -268,8 +275,13 @@ def load_matrices(at, number: int, *, offset: int = 0) -> list[ir.Value]:
 
 
 def copy(at_shared, at, *, words: int, shared_offset: int = 0, offset: int = 0, where=None) -> None:
-    """Begin to copy `words` (1 or 4) neighbouring words from global to shared memory; offsets in bytes."""
+    """Begin to copy `words` (1, 2 or 4) neighbouring words from global to shared memory; offsets in bytes."""
     _where(where, f"cp.async.ca.shared.global [$0+{shared_offset}], [$1+{offset}], {4 * words};", [at_shared, at])
+
+
+def fetch(at, *, where) -> None:
+    """Begin to fetch the sector of a global address to the L2, to stay there when others go, where a condition holds."""
+    _where(where, "prefetch.global.L2::evict_last [$0];", [at])
 
 
 def end_copies() -> None:

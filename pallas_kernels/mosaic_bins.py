@@ -48,7 +48,7 @@ def word_of(row, token, head, group: int, tokens: int):
 
 def state_words(heads: int, blocks: int) -> int:
     """Words of a kv head's state; see `State`."""
-    return -(-(heads * (3 * BINS + 1) + 3 + blocks) // 256) * 256
+    return -(-(heads * (3 * BINS + 1) + 2 + blocks) // 256) * 256
 
 
 class State:
@@ -56,8 +56,7 @@ class State:
 
     bins [H,256,2]: sums of places, and counts, but for the last bin's; above [H,256]: 256 times as many tokens as are
     surely i to i + 1 bins above base; peaks [H], as unsigned numbers in the order of the f32; the bits of the largest
-    scale [1]; whether a head is short [1], of `mosaic_verify`; tickets [1], of `mosaic_extend`; blocks [N], for
-    `mosaic_compact`.
+    scale [1]; tickets [1], of `mosaic_extend`; blocks [N], for `mosaic_compact`.
     """
 
     def __init__(self, ref, row, heads: int, words: int):
@@ -76,14 +75,11 @@ class State:
     def largest_scale(self):
         return m.address(self._ref, m.add(self._start, self._heads * (3 * BINS + 1)))
 
-    def short(self):
+    def ticket(self):
         return m.address(self._ref, m.add(self._start, self._heads * (3 * BINS + 1) + 1))
 
-    def ticket(self):
-        return m.address(self._ref, m.add(self._start, self._heads * (3 * BINS + 1) + 2))
-
     def block(self, index):
-        return m.address(self._ref, m.add(self._start, m.add(index, self._heads * (3 * BINS + 1) + 3)))
+        return m.address(self._ref, m.add(self._start, m.add(index, self._heads * (3 * BINS + 1) + 2)))
 
 
 def counts_and_peaks(state, heads: int, scored):

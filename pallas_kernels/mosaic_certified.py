@@ -65,13 +65,13 @@ def attend(
 
 
 def attend_again(
-    query, keys, values, bins, scale, quantized, length, limits, state, out, summary,
+    query, keys, values, bins, scale, quantized, length, limits, short, state, out, summary,
     *, softmax_scale: float, sink: int, rule: Rule,
 ):  # fmt: skip
     """Output and summary of `attend`, and what a second round makes of them; arguments as of `mosaic_extend.extend`."""
     out, summary = jax.new_ref(out), jax.new_ref(summary)
     mosaic_extend.extend(
-        query, keys, values, bins, scale, quantized, length, limits, state, out, summary,
+        query, keys, values, bins, scale, quantized, length, limits, short, state, out, summary,
         sink=sink, softmax_scale=softmax_scale, rule=rule,
     )  # fmt: skip
     return jax.freeze(out), jax.freeze(summary)

@@ -1,9 +1,10 @@
 """The second round in one launch, for Hopper GPUs: kv heads of which a query head is short attend by lower limits.
 
-    block     an equal share of the chunks of 2,048 tokens of a kv head that is short
+    block     an equal share of the chunks of 1,024 tokens of a kv head that is short
               chunk: bytes -> bits of the tokens that are attended -> their list, in shared memory
               list -> attention of each warp (mosaic_warp_attention.py)
-    last block of a kv head    outputs and sums of its parts added up; certificates
+    last blocks of a kv head   its parts' outputs and sums added up, and certificates: a warp each for some columns, or the
+              certificate, of a query head
 
 Where no head is short, blocks end after a look at the marks. Where few are, all blocks share what there is to do.
 """
@@ -20,22 +21,24 @@ from pallas_kernels.mosaic_bins import State
 from pallas_kernels.mosaic_certificate import certify, load_sample, store_numbers, typical_deviation
 from pallas_kernels.mosaic_certified_threshold import Rule
 from pallas_kernels.mosaic_certified_threshold import words as certified_words
-from pallas_kernels.mosaic_chunk import CHUNK, Chunk, chunk_words
+from pallas_kernels.mosaic_chunk import CHUNK, THREAD_TOKENS, Chunk, chunk_words
 from pallas_kernels.mosaic_found import KINDS
-from pallas_kernels.mosaic_parts import Parts, SumOfParts
+from pallas_kernels.mosaic_parts import Parts, SumOfParts, columns_of
 from pallas_kernels.mosaic_rules import Given, comparisons, is_kept, kept_tokens, load_limits, scored_and_others
 from pallas_kernels.mosaic_top_p_threshold import warp_sum
 from pallas_kernels.mosaic_warp_attention import WARPS, Sizes, WarpAttention
 
 LANES = 32
 # Blocks that are on the device at once, and the most that a kv head's tokens are split into.
-BLOCKS, LARGEST_PARTS = 264, 64
+BLOCKS, LARGEST_PARTS = 264, 128
+# Blocks that share what there is to conclude of a kv head.
+LAST_BLOCKS = 9
 # Words of marks of 32 rows, under way at once.
 MARKS_AT_ONCE = 8
 
 
 def extend(
-    query, keys, values, bins, scale, quantized, length, limits, state, out, summary,
+    query, keys, values, bins, scale, quantized, length, limits, short, state, out, summary,
     *, sink: int, softmax_scale: float, rule: Rule,
 ):  # fmt: skip
     """Attend by limits of a second round, in kv heads of which a query head is short.
@@ -43,8 +46,8 @@ def extend(
     Args:
       query: [B,K,G,D]; keys, values: [B,K,T,D], as `mosaic_attention` takes them.
       bins, scale, quantized: as in `mosaic_attention.Known`; length: int32 [B].
-      limits: float32 [B,K,H,LIMITS], of `mosaic_verify.verify`.
-      state: a reference, int32 [B,K,Z], as `verify` leaves it; the kernel takes tickets there.
+      limits, short: float32 [B,K,H,LIMITS] and int32 [B,K,H], of `mosaic_verify.verify`.
+      state: a reference, int32 [B,K,Z]; the kernel takes tickets there.
       out, summary: references, [B,K,G,D] and float32 [B,K,G,8], of `verify`; those of kv heads that attend anew are
         written.
     """
@@ -70,7 +73,7 @@ def extend(
         ),
         blocks=sizes.blocks,
         shared_words=sizes.shared_words,
-    )(query.astype(keys.dtype), keys, values, bins, scale, quantized, length, limits, state, out, summary)  # fmt: skip
+    )(query.astype(keys.dtype), keys, values, bins, scale, quantized, length, limits, short, state, out, summary)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,11 @@ class _Sizes:
     def given(self) -> Given:
         assert self.attention.rule is not None
         return Given(deviations=self.attention.rule.deviations, group=self.group)
+
+    @property
+    def slices(self) -> int:
+        """Of the columns that a warp adds up at a time."""
+        return -(-self.attention.head_dim // columns_of(LARGEST_PARTS))
 
     # Places in shared memory, in words: what attention takes, a chunk, a list, the rule's words [WORDS,H], tokens of each
     # warp, a ticket.
@@ -125,14 +133,15 @@ class _Sizes:
 
 
 def _kernel(
-    sizes: _Sizes, query, keys, values, bins, scale, quantized, length, limits, state, out, summary, peaks, totals,
-    outs, sums, tokens, shared,
+    sizes: _Sizes, query, keys, values, bins, scale, quantized, length, limits, short, state, out, summary, *refs
 ):  # fmt: skip
     """query [R,G,D], keys and values [R,T,D], bins [R,T/8,G,2], scale [R,T], quantized and length [B], limits
-    [R,H,LIMITS]; state [R,Z], out [R,G,D] and summary [R,G,8], written to; of N blocks peaks and totals [N,H], outs
-    [N,H,C], sums [N,H,KINDS], tokens [N]; shared memory: see `_Sizes`."""
+    [R,H,LIMITS], short [R,H]; state [R,Z], out [R,G,D] and summary [R,G,8], written to; of N blocks peaks and totals
+    [N,H], outs [N,H,C], sums [N,H,KINDS], tokens [N]; shared memory: see `_Sizes`."""
+    *parts_of_blocks, shared = refs
     lane = m.bit_and(m.thread_index(), LANES - 1)
-    number = _count_short(sizes, lane, state)
+    marks = _marks(sizes, lane, short)
+    number = _count_short(sizes, marks)
 
     def share_out():
         parts = m.minimum_signed(m.divide(sizes.blocks, number), LARGEST_PARTS)
@@ -141,24 +150,32 @@ def _kernel(
         def run():
             first = m.multiply(some, parts)
             arrays = query, keys, values, bins, scale, quantized, length, limits, state, out, summary
-            block = _Block(sizes, lane, _short_row(sizes, lane, state, some), first, parts, *arrays, shared)
-            block.attend(peaks, totals, outs, sums, tokens)
-            m.when(block.is_last(), lambda: block.conclude(peaks, totals, outs, sums, tokens))
+            block = _Block(sizes, lane, _short_row(sizes, lane, marks, some), first, parts, *arrays, shared)
+            block.attend(*parts_of_blocks)
+            block.finish(*parts_of_blocks)
 
         m.when(m.less(some, number), run)
 
     m.when(m.less(0, number), share_out)
 
 
-def _marks(sizes: _Sizes, lane, state, i):
-    """Of some rows, which are short: bits of 32 of them, and the first of these, each."""
-    looks = []
-    for j in range(_words_at_once(sizes)):
-        first = m.multiply(m.add(m.multiply(i, _words_at_once(sizes)), j), 32)
-        row = m.add(first, lane)
-        at = State(state, m.minimum_signed(row, sizes.rows - 1), sizes.heads, sizes.state_words).short()
-        looks.append((first, m.less(row, sizes.rows), m.load(at)[0]))
-    return [(first, m.ballot(m.both(is_row, m.less(0, mark)))) for first, is_row, mark in looks]
+def _marks(sizes: _Sizes, lane, short):
+    """A function of a round: of some rows, which are short: bits of 32 of them, and the first of these, each."""
+
+    def look(i):
+        looks = []
+        for j in range(_words_at_once(sizes)):
+            first = m.multiply(m.add(m.multiply(i, _words_at_once(sizes)), j), 32)
+            row = m.add(first, lane)
+            at = m.address(short, m.multiply(m.minimum_signed(row, sizes.rows - 1), sizes.heads))
+            marks = [w for four in range(0, sizes.heads, 4) for w in m.load(at, words=4, offset=4 * four)]
+            looks.append((first, m.less(row, sizes.rows), functools.reduce(m.bit_or, marks[: sizes.group])))
+        return [(first, m.ballot(m.both(is_row, m.less(0, mark)))) for first, is_row, mark in looks]
+
+    if _rounds(sizes) > 1:
+        return look
+    marks = look(m.value(0))
+    return lambda i: marks
 
 
 def _words_at_once(sizes: _Sizes) -> int:
@@ -169,21 +186,21 @@ def _rounds(sizes: _Sizes) -> int:
     return -(-sizes.rows // (32 * _words_at_once(sizes)))
 
 
-def _count_short(sizes: _Sizes, lane, state):
+def _count_short(sizes: _Sizes, marks):
     """How many rows are short."""
 
     def add(i, carried):
-        return [functools.reduce(m.add, [m.count_ones(word) for _, word in _marks(sizes, lane, state, i)], carried[0])]
+        return [functools.reduce(m.add, [m.count_ones(word) for _, word in marks(i)], carried[0])]
 
     return m.loop(_rounds(sizes), [m.value(0)], add)[0]
 
 
-def _short_row(sizes: _Sizes, lane, state, number):
+def _short_row(sizes: _Sizes, lane, marks, number):
     """The row that is short after so many others."""
 
     def look(i, carried):
         before, row = carried
-        for first, word in _marks(sizes, lane, state, i):
+        for first, word in marks(i):
             mine = m.add(before, m.count_ones(m.bit_and(word, m.subtract(m.left(1, lane), 1))))
             is_marked = m.less(0, m.bit_and(word, m.left(1, lane)))
             is_it = m.both(is_marked, m.both(m.not_less(mine, number), m.not_less(number, mine)))
@@ -202,17 +219,20 @@ class _Block:
         state, out, summary, shared,
     ):  # fmt: skip
         self.sizes, self.lane, self.row, self.first, self.parts = sizes, lane, row, first, parts
+        self.part, self._shared = m.subtract(m.block_index(), first), m.shared_address(shared)
+        tokens = sizes.attention.tokens
+        self.chunk = Chunk(row, sizes.group, tokens, bins, scale, self.shared(sizes.chunk_at))
+        # Copied before it is known whether there are so many tokens: all else is on its way meanwhile.
+        self.chunk.begin(m.multiply(self.part, CHUNK))
         self.bins, self.scale, self.limits, self.out, self.summary = bins, scale, limits, out, summary
         sequence = m.divide(row, sizes.attention.kv_heads)
         self.quantized, self.length = (m.load(m.address(x, sequence))[0] for x in (quantized, length))
         self.scored = m.maximum_signed(m.subtract(self.quantized, sizes.attention.sink), 0)
         self.attention = WarpAttention(
-            sizes.attention, lane, row, query, keys, values, m.shared_address(shared),
+            sizes.attention, lane, row, query, keys, values, self._shared,
             bins=bins, scale=scale, limits=limits, scored=self.scored,
         )  # fmt: skip
-        self.warp, self._shared = self.attention.warp, m.shared_address(shared)
-        tokens = sizes.attention.tokens
-        self.chunk = Chunk(row, sizes.group, tokens, bins, scale, self.shared(sizes.chunk_at))
+        self.warp = self.attention.warp
         self.ticket = State(state, row, sizes.heads, sizes.state_words).ticket()
 
     def shared(self, place, word: Any = 0):
@@ -222,16 +242,10 @@ class _Block:
     def attend(self, peaks, totals, outs, sums, tokens):
         """The block's part, to its place in the arrays."""
         sizes, attention = self.sizes, self.attention
-        part = m.subtract(m.block_index(), self.first)
         chunks = m.divide(m.add(self.length, CHUNK - 1), CHUNK)
-        start = m.minimum_signed(part, chunks)
+        start = m.minimum_signed(self.part, chunks)
         rounds = m.divide(m.add(m.subtract(chunks, start), m.subtract(self.parts, 1)), self.parts)
-
-        def begin(i):
-            chunk = m.add(part, m.multiply(i, self.parts))
-            m.when(m.less(i, rounds), lambda: self.chunk.begin(m.multiply(chunk, CHUNK)))
-
-        begin(m.value(0))
+        start_of = lambda i: m.multiply(m.add(self.part, m.multiply(i, self.parts)), CHUNK)  # noqa: E731
         self._store_rule()
         m.barrier()
         compare = comparisons(
@@ -240,16 +254,18 @@ class _Block:
 
         def attend_chunk(i, carried):
             *progress, total = carried
-            chunk = m.add(part, m.multiply(i, self.parts))
-            count = self._list(m.multiply(chunk, CHUNK), compare)
+            count = self._list(start_of(i), compare)
             # The next chunk is on its way while this one is attended.
-            begin(m.add(i, 1))
+            following = m.add(i, 1)
+            m.when(m.less(following, rounds), lambda: self.chunk.begin(start_of(following)))
             progress = attention.attend(m.value(0), count, self._listed, progress)
             # The list makes way for the next one.
             m.barrier()
             return [*progress, m.add(total, count)]
 
         *progress, total = m.loop(rounds, [*attention.start(), m.value(0)], attend_chunk)
+        # No copy may be under way when a block ends.
+        m.wait_copies(0)
         m.store(m.address(tokens, m.block_index()), [total], where=m.less(m.thread_index(), 1))
         attention.share(progress)
         m.barrier()
@@ -300,12 +316,12 @@ class _Block:
         return functools.reduce(m.add, of_warps)
 
     def _attended(self, token, compare):
-        """16 bits, of this thread's tokens of the chunk, of which it has the first."""
+        """Bits of this thread's tokens of the chunk, of which it has the first."""
         rule, heads, rule_at = self.sizes.given, self.sizes.heads, self.shared(self.sizes.rule_at)
         words = self.chunk.words()
         bits = kept_tokens(words, compare)
         scored, others = scored_and_others(
-            token, sink=self.sizes.attention.sink, quantized=self.quantized, length=self.length
+            token, sink=self.sizes.attention.sink, quantized=self.quantized, length=self.length, number=THREAD_TOKENS
         )  # fmt: skip
         candidates = m.bit_and(rule.candidates(heads, rule_at)(words, bits), scored)
 
@@ -323,22 +339,49 @@ class _Block:
         (bits,) = m.update(m.less(0, candidates), [bits], look)
         return m.bit_or(m.bit_and(bits, scored), others)
 
-    def is_last(self):
-        """Whether all other blocks of the kv head and these query heads are done."""
+    def finish(self, peaks, totals, outs, sums, tokens):
+        """The blocks that end last, once all have ended, share what there is to conclude."""
         m.barrier()
         at, is_first_thread = self.shared(self.sizes.ticket_at), m.less(m.thread_index(), 1)
         m.when(is_first_thread, lambda: m.store_shared(at, [m.take_ticket(self.ticket)]))
         m.barrier()
-        return m.not_less(m.load_shared(at)[0], m.subtract(self.parts, 1))
+        number = m.minimum_signed(self.parts, LAST_BLOCKS)
+        # Unsigned: that of a block that is not one of the last is far above.
+        which = m.subtract(m.add(m.load_shared(at)[0], number), self.parts)
 
-    def conclude(self, peaks, totals, outs, sums, tokens):
-        """Output and summary of each head, from all parts."""
-        for first in range(0, self.sizes.heads, WARPS):
-            head = m.add(self.warp, first)
-            conclude = functools.partial(self._conclude, head, peaks, totals, outs, sums, tokens)
-            m.when(m.less(head, self.sizes.group), conclude)
+        def share_out():
+            m.when(is_first_thread, lambda: m.wait_tickets(self.ticket, self.parts))
+            m.barrier()
+            first, each = m.add(m.multiply(which, WARPS), self.warp), m.multiply(number, WARPS)
+            kinds = self.sizes.slices + 1
+            left = m.maximum_signed(m.subtract(self.sizes.group * kinds, first), 0)
+            rounds = m.divide(m.add(left, m.subtract(each, 1)), each)
 
-    def _conclude(self, head, peaks, totals, outs, sums, tokens):
+            def conclude(i, _):
+                some = m.add(first, m.multiply(i, each))
+                head = m.divide(some, kinds)
+                kind = m.subtract(some, m.multiply(head, kinds))
+                is_of_columns = m.less(kind, self.sizes.slices)
+                m.when(is_of_columns, lambda: self._add_up_columns(head, kind, peaks, totals, outs))
+                m.when(m.negate(is_of_columns), lambda: self._certify(head, sums, tokens))
+                return []
+
+            m.loop(rounds, [], conclude)
+
+        m.when(m.less(which, number), share_out)
+
+    def _add_up_columns(self, head, some, peaks, totals, outs):
+        """Some columns of a query head's output, of all parts."""
+        sizes = self.sizes.attention
+        parts = Parts(
+            peaks, totals, outs, heads=sizes.heads, columns=sizes.columns, head=head, first=self.first,
+            number=self.parts, usual=LARGEST_PARTS, lane=self.lane, dtype=self.sizes.dtype,
+        )  # fmt: skip
+        place = m.multiply(m.add(m.multiply(self.row, sizes.group), head), sizes.head_dim)
+        parts.store(m.multiply(some, columns_of(LARGEST_PARTS)), self.out, place, sizes.head_dim)
+
+    def _certify(self, head, sums, tokens):
+        """Summary of a query head, of all parts."""
         sizes, rule = self.sizes.attention, self.sizes.attention.rule
         assert rule is not None
         # All that is needed is asked for before any of it is waited for.
@@ -347,16 +390,11 @@ class _Block:
         sample = load_sample(self.lane, self.scale, first_token, self.scored, sink=sizes.sink, tokens=sizes.tokens)
         limits = load_limits(self.limits, m.add(m.multiply(self.row, sizes.heads), head))
         of_parts = SumOfParts(self.lane, sums, sizes.heads, head, self.first, self.parts, LARGEST_PARTS)
-        parts = Parts(
-            peaks, totals, outs, heads=sizes.heads, columns=sizes.columns, head=head, first=self.first,
-            number=self.parts, usual=LARGEST_PARTS, lane=self.lane, dtype=self.sizes.dtype,
-        )  # fmt: skip
         deviation = typical_deviation(rule, sample, limits[0])
         found = of_parts.result()
-        place = m.add(m.multiply(self.row, sizes.group), head)
-        parts.store_whole(self.out, m.multiply(place, sizes.head_dim), sizes.head_dim)
         certificate = certify(rule, found, limits, self.scored, deviation)
         numbers = [*certificate, found[-1], m.to_float(warp_sum(functools.reduce(m.add, counts), m.add))]
+        place = m.add(m.multiply(self.row, sizes.group), head)
         m.when(m.less(self.lane, 1), lambda: store_numbers(numbers, self.summary, place))
 
     def _load_counts(self, tokens):

@@ -1,8 +1,7 @@
 """Parts of attention, one warp a query head: outputs rescaled to the largest peak, sums, added up; for Hopper GPUs.
 
 warp     16 or 32 columns at a time: lane = 4 columns of one of 8 or 4 parts at a time; up to 9 parts of each are
-         under way at once, so that a usual number of parts takes one round; or all columns, 32 parts at a time, where
-         no other warps help
+         under way at once, so that a usual number of parts takes one round
 """
 
 import functools
@@ -15,7 +14,7 @@ LANE_COLUMNS, LARGEST_COLUMNS, LARGEST_AT_ONCE = 4, 32, 9
 # Parts of which the peaks are under way at once, 32 of them each.
 PEAKS_AT_ONCE = 4
 # Parts of which the sums are under way at once.
-LARGEST_SUMMED = 96
+LARGEST_SUMMED = 128
 LOWEST = -1e30
 
 
@@ -98,28 +97,6 @@ class Parts:
             sums = [m.add_float(x, m.shuffle_xor(x, step)) for x in sums]
             step *= 2
         self._store_columns(sums, mine, out, place, size, m.less(self.lane, lanes))
-
-    def store_whole(self, out, place, size: int):
-        """All columns of the output, of `size`, to `out` from a number on: by one warp, 32 parts at a time."""
-        each = 32 * LANE_COLUMNS
-        for first_column in range(0, size, each):
-            column = m.add(m.left(self.lane, 2), first_column)
-            sums = self._add_whole(m.minimum_signed(column, self.columns - LANE_COLUMNS))
-            self._store_columns(sums, column, out, place, size, m.less(column, size))
-
-    def _add_whole(self, column):
-        def add(i, sums):
-            mine = m.add(self.lane, m.left(i, 5))
-            peak = self._load(self.peaks, self._within(mine))
-            weight = m.select(m.less(mine, self.number), exp(m.subtract_float(peak, self.peak)), 0.0)
-            loads = [self._load_columns(self._within(m.add(m.left(i, 5), j)), column) for j in range(32)]
-            for j, values in enumerate(loads):
-                one = m.shuffle(weight, j)
-                # What is not real is the last part, and has no weight.
-                sums = [m.fma(one, x, total) for x, total in zip(values, sums, strict=True)]
-            return sums
-
-        return m.loop(m.right(m.add(self.number, 31), 5), [m.value(0.0)] * LANE_COLUMNS, add)
 
     def _load_columns(self, part, column):
         place = m.add(m.multiply(m.add(self.first, part), self.heads), self.head)

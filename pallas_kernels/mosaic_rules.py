@@ -31,12 +31,12 @@ def comparisons(kept):
 
 
 def kept_tokens(words, compare):
-    """16 bits, of tokens whose byte in some head's words, 4 for each head in turn, is below its number of kept bins."""
-    nibbles = []
-    for word in range(LANE_TOKENS // 4):
+    """Bits of tokens whose byte in some head's words, as many for each head in turn, is below its number of kept bins."""
+    nibbles, each = [], len(words) // len(compare)
+    for word in range(each):
         dropped = m.value(0x80808080)
         for head, (addend, either) in enumerate(compare):
-            four = words[LANE_TOKENS // 4 * head + word]
+            four = words[each * head + word]
             carries = m.add(m.bit_and(four, 0x7F7F7F7F), addend)
             dropped = m.bit_and(dropped, m.majority(carries, four, either))
         kept = m.right(m.bit_xor(dropped, 0x80808080), 7)
@@ -192,23 +192,19 @@ def load_words(bins, row, token, group: int, tokens: int):
     # A block may reach past the capacity, where no token is attended.
     token = m.minimum_signed(token, tokens - LANE_TOKENS)
     at = m.address(bins, word_of(row, token, 0, group, tokens))
-    return by_head([w for i in range(group) for w in m.load(at, words=4, offset=16 * i)], group)
-
-
-def by_head(words, group: int):
-    """4 words for each head in turn, of the words of two octets."""
+    words = [w for i in range(group) for w in m.load(at, words=4, offset=16 * i)]
     pairs = [words[i : i + 2] for i in range(0, 4 * group, 2)]
     return [w for head in range(group) for w in pairs[head] + pairs[group + head]]
 
 
-def scored_and_others(token, *, sink: int, quantized, length):
-    """16 bits each, of the tokens from one on: those that are scored, and those that are attended whatever is kept."""
-    sinks, coded, held = (_bits_below(limit, token) for limit in (m.value(sink), quantized, length))
+def scored_and_others(token, *, sink: int, quantized, length, number: int = LANE_TOKENS):
+    """Bits of so many tokens from one on: those that are scored, and those that are attended whatever is kept."""
+    sinks, coded, held = (_bits_below(limit, token, number) for limit in (m.value(sink), quantized, length))
     is_scored = m.bit_and(coded, m.bit_xor(sinks, 0xFFFF))
     return m.bit_and(held, is_scored), m.bit_and(held, m.bit_xor(is_scored, 0xFFFF))
 
 
-def _bits_below(limit, token):
-    """16 bits, one where token + i < limit."""
-    count = m.minimum_signed(m.maximum_signed(m.subtract(limit, token), 0), LANE_TOKENS)
+def _bits_below(limit, token, number: int):
+    """So many bits, one where token + i < limit."""
+    count = m.minimum_signed(m.maximum_signed(m.subtract(limit, token), 0), number)
     return m.subtract(m.left(1, count), 1)

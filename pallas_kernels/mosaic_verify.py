@@ -39,13 +39,13 @@ def verify(
       counts: int32 [B,K].
       scale: bfloat16 [B,K,T]; quantized: int32 [B].
       limits: float32 [B,K,H,LIMITS], that the lists were made by.
-      state: a reference, int32 [B,K,Z], of which marks of short rows are zero; the kernel writes these.
+      state: a reference, int32 [B,K,Z].
       dtype: of the output: float32, bfloat16 or float16.
 
     Returns:
-      Output [B,K,G,D]; summary float32 [B,K,G,8], of `rabitq_jax.certificate.Round`; and limits of a second
-      round float32 [B,K,H,LIMITS], of which number `SHORT` is 1 where a head is short, and 0 elsewhere; undefined in
-      heads that are not real.
+      Output [B,K,G,D]; summary float32 [B,K,G,8], of `rabitq_jax.certificate.Round`; limits of a second round float32
+      [B,K,H,LIMITS], of which number `SHORT` is 1 where a head is short, and 0 elsewhere; and these marks alone, int32
+      [B,K,H]. The last two are undefined in heads that are not real.
     """
     batch, kv_heads, heads = limits.shape[:3]
     rows = batch * kv_heads
@@ -64,6 +64,7 @@ def verify(
             jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), dtype),
             jax.ShapeDtypeStruct((batch, kv_heads, group, SUMMARY), jnp.float32),
             jax.ShapeDtypeStruct(limits.shape, jnp.float32),
+            jax.ShapeDtypeStruct(limits.shape[:3], jnp.int32),
         ),
         blocks=rows * (heads // HEADS) * (sizes.slices + 1),
         shared_words=1,
@@ -88,10 +89,10 @@ class _Sizes:
 
 
 def _kernel(
-    sizes: _Sizes, ends, peaks, totals, outs, sums, counts, scale, quantized, limits, state, out, summary, lower, _
+    sizes: _Sizes, ends, peaks, totals, outs, sums, counts, scale, quantized, limits, state, out, summary, lower, short, _
 ):
     """ends [R,2], peaks and totals [N,H], outs [N,H,C], sums [N,H,KINDS], counts [R], scale [R,T], quantized [B],
-    limits [R,H,LIMITS]; state [R,Z]; out [R,G,D], summary [R,G,8], lower [R,H,LIMITS]."""
+    limits [R,H,LIMITS]; state [R,Z]; out [R,G,D], summary [R,G,8], lower [R,H,LIMITS], short [R,H]."""
     warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), LANES - 1)
     # A row's heads, and in turn their columns and certificates.
     groups, kinds = sizes.heads // HEADS, sizes.slices + 1
@@ -131,8 +132,9 @@ def _kernel(
 
             def store():
                 store_numbers(numbers, summary, m.add(m.multiply(row, sizes.group), head))
-                store_numbers(second, lower, m.add(m.multiply(row, sizes.heads), head))
-                m.when(m.less_float(0.0, second[SHORT]), lambda: m.store(states.short(), [m.value(1)]))
+                place = m.add(m.multiply(row, sizes.heads), head)
+                store_numbers(second, lower, place)
+                m.store(m.address(short, place), [m.to_integer(second[SHORT])])
 
             m.when(m.less(lane, 1), store)
 

@@ -73,7 +73,7 @@ class NoisyBins:
         # What a tail is added to is rounded later, and so are queries of a dtype that the kernels do not write.
         is_last = self._config.tail == "drop" and self._query.dtype.itemsize == 2
         dtype = self._query.dtype if is_last else jnp.float32
-        out, summary, self._second, _ = mosaic_certified.attend(
+        out, summary, self._second, self._short, _ = mosaic_certified.attend(
             self._query, cache.keys, cache.values, indices, counts, self._bins, scale, cache.quantized, limits,
             self._state, softmax_scale=self._softmax_scale, sink=self._config.sink, rule=self._rule, dtype=dtype,
         )  # fmt: skip
@@ -86,10 +86,10 @@ class NoisyBins:
         cache, scale = self._cache, self._scale
         out, summary = mosaic_certified.attend_again(
             self._query, cache.keys, cache.values, self._bins, scale, cache.quantized, cache.length, self._second,
-            self._state, first.out, first.summary,
+            self._short, self._state, first.out, first.summary,
             softmax_scale=self._softmax_scale, sink=self._config.sink, rule=self._rule,
         )  # fmt: skip
-        short = self._second[:, :, : self._query.shape[2], mosaic_certified.SHORT] > 0
+        short = self._short[:, :, : self._query.shape[2]] > 0
         # This launch is left out where nobody asks for the list.
         again, _ = mosaic_certified.select_again(
             self._bins, self._second, scale, cache.quantized, cache.length,

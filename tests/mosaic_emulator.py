@@ -5,6 +5,7 @@ nothing to do. Tensor-core and shuffle instructions follow the fragment layouts 
 for mma.m16n8k128"), not those that the kernels say they use.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -24,19 +25,30 @@ class Emulator:
     WARPGROUP = WARPGROUP
 
     def call(self, body, *, name, out_type, blocks, shared_words):
-        """A function of arrays and references that runs the blocks one after the other."""
+        """A function of arrays and references that runs the blocks one after the other, but for waits of one for later
+        ones, which run then."""
         del name
 
         def run(*inputs):
             memories = [_words(x) for x in inputs]
             types = out_type if isinstance(out_type, tuple) else (out_type,)
             outs = [np.zeros(math.prod(x.shape) * x.dtype.itemsize // 4, np.uint32) for x in types]
-            for self.block in range(blocks):
+            waiting = iter(range(blocks))
+
+            def run_block():
+                self.block = next(waiting)
                 self.mask = np.ones(WARPGROUP, bool)
                 # Shared memory holds anything when a block begins.
                 self.shared = np.full(shared_words, 0xDEADBEEF, np.uint32)
                 self.copies, self.groups = [], [[] for _ in range(WARPGROUP // 32)]
                 body(*memories, *outs, None)
+                left = [copy for warp in self.groups for group in warp for copy in group]
+                assert not any(np.any(wanted) for wanted, *_ in self.copies + left), "copies that nothing waited for"
+
+            self.run_block = run_block
+            with contextlib.suppress(StopIteration):
+                while True:
+                    run_block()
             for x, memory in zip(inputs, memories, strict=True):
                 if not isinstance(x, jax.Array):
                     x[...] = jnp.asarray(memory.view(x.dtype).reshape(x.shape))
@@ -206,6 +218,14 @@ class Emulator:
         (published,) = self.load(at)
         assert np.all((published != 0) | ~self.mask), "a wait for a block that has not run"
         return published
+
+    def wait_tickets(self, at, number):
+        state = "block", "mask", "shared", "copies", "groups"
+        while np.any((self.load(at)[0] < self.value(number)) & self.mask):
+            mine = [getattr(self, name) for name in state]
+            self.run_block()
+            for name, x in zip(state, mine, strict=True):
+                setattr(self, name, x)
 
     def load_shared(self, at, *, words=1, offset=0):
         return [self.shared[np.where(self.mask, (at + offset) // 4 + i, 0)] for i in range(words)]

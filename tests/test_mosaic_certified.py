@@ -278,7 +278,7 @@ def check_verified_attention(shape, kept_share=0.2):
     indices = np.sort(np.stack([rng.permutation(tokens) for _ in range(counts.size)])[:, : tokens // 3], axis=-1)
     indices = indices.reshape(*heads[:2], -1)
     listed = jnp.asarray(np.pad(indices, [(0, 0)] * 2 + [(0, tokens - indices.shape[-1])]), jnp.int32)
-    out, summary, _, partial = mosaic_certified.attend(
+    out, summary, _, _, partial = mosaic_certified.attend(
         *arrays, listed, jnp.asarray(counts, jnp.int32), words_of(jnp.asarray(bins)), scale,
         jnp.asarray(quantized, jnp.int32), padded(jnp.asarray(limits, jnp.float32)), jax.new_ref(zeros(shape)),
         softmax_scale=dim**-0.5, sink=FIRST, rule=rule(0.9, True), dtype=jnp.float32,
