@@ -5,6 +5,7 @@ Kernels here are written for one lane of a warp, as CUDA would be: values are 32
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -250,9 +251,12 @@ def take_ticket(at) -> ir.Value:
 
 
 def wait_tickets(at, number) -> None:
-    """Wait until so many took one there; what their threads' blocks wrote before that is seen then. Blocks start in order,
-    and no block may wait of which a later one's ticket is needed unless all but a few of them end without waiting."""
-    text = "{ .reg .pred p; .reg .b32 n; AGAIN: ld.acquire.gpu.global.b32 n, [$0]; setp.lt.u32 p, n, $1; @p bra AGAIN; }"
+    """Wait until so many took one there; what their blocks wrote before that is seen then. A block that has not begun
+    may never begin if those that wait for it take its place on the device."""
+    text = (
+        "{ .reg .pred p; .reg .b32 taken; AGAIN: ld.acquire.gpu.global.b32 taken, [$0]; "
+        "setp.lt.u32 p, taken, $1; @p bra AGAIN; }"
+    )
     ptx(text, [at, number], effects=True)
 
 
@@ -277,11 +281,6 @@ def load_matrices(at, number: int, *, offset: int = 0) -> list[ir.Value]:
 def copy(at_shared, at, *, words: int, shared_offset: int = 0, offset: int = 0, where=None) -> None:
     """Begin to copy `words` (1, 2 or 4) neighbouring words from global to shared memory; offsets in bytes."""
     _where(where, f"cp.async.ca.shared.global [$0+{shared_offset}], [$1+{offset}], {4 * words};", [at_shared, at])
-
-
-def fetch(at, *, where) -> None:
-    """Begin to fetch the sector of a global address to the L2, to stay there when others go, where a condition holds."""
-    _where(where, "prefetch.global.L2::evict_last [$0];", [at])
 
 
 def end_copies() -> None:
@@ -324,9 +323,9 @@ def ballot(condition) -> ir.Value:
     return ptx("vote.sync.ballot.b32 $0, $1, 0xffffffff;", [condition], "r", effects=True)[0]
 
 
-def add_shared(at, x, *, offset: int, where=None) -> None:
-    """Add x to a word of shared memory, where a condition holds; atomic."""
-    _where(where, f"red.shared.add.u32 [$0+{offset}], $1;", [at, x])
+def add_shared(at, x, *, offset: int) -> None:
+    """Add x to a word of shared memory; atomic."""
+    ptx(f"red.shared.add.u32 [$0+{offset}], $1;", [at, x], effects=True)
 
 
 def max_shared(at, x) -> None:
@@ -482,7 +481,7 @@ def when(condition, body) -> None:
         scf.yield_([])
 
 
-def update(condition, carried, body, otherwise=list) -> list[ir.Value]:
+def update(condition, carried, body, otherwise: Callable = list) -> list[ir.Value]:
     """body(carried) where the condition holds, and otherwise(carried) elsewhere, by default carried; a list."""
     branch = scf.IfOp(condition, [x.type for x in carried], has_else=True)
     for block, run in ((branch.then_block, body), (branch.else_block, otherwise)):

@@ -112,8 +112,8 @@ class CodeCopies:
         return [m.load_shared(at, words=2, offset=first + 4 * sizes.array_words * j) for j in range(sizes.arrays)]
 
     def scale_words(self):
-        """A lane's share of the words of the first array, once all have arrived: the first token of each, in the run, and
-        the word; past the last one, zero."""
+        """A lane's share of the words of the first array, once all have arrived: the first token of each in the run,
+        and the word; past the last one, zero."""
         words = []
         for first in range(0, self.sizes.array_words, 32):
             word = m.add(self._lane, first)

@@ -45,7 +45,6 @@ NOISY_BLOCKS, LARGEST_NOISY_PASSES = 512, 8
 GIVEN_PASSES = 2
 # Candidates whose scales a thread waits for at a time.
 CANDIDATES = 2
-FETCH = 0
 
 
 def passes_of(rows: int, tokens: int, *, noisy: bool = False) -> int:
@@ -266,14 +265,6 @@ def _masks(sizes: _Sizes, bins, inputs, row, words, start, quantized, length, sh
         mask = m.bit_or(m.bit_and(bits, scored), others)
         word = m.bit_or(mask, m.left(m.bit_and(candidates(words, bits), scored), 16))
         m.store_shared(_mask_of(mine, i), [word])
-        if sizes.rule.margin and not sizes.has_scales and FETCH:
-            token = _token(start, i)
-            if FETCH & 1:
-                m.fetch(m.address(inputs[-1], m.right(m.add(m.multiply(row, sizes.tokens), token), 1)), where=m.less(0, word))
-            if FETCH & 2:
-                at = m.address(bins, word_of(row, token, 0, sizes.group, sizes.tokens))
-                m.fetch(at, where=m.less(0, m.bit_and(word, 0xFF00FF)))
-                m.fetch(m.advance(at, 2 * sizes.group), where=m.less(0, m.bit_and(word, 0xFF00FF00)))
 
     def one_pass(i, words):
         next_pass = m.minimum_signed(m.add(i, 1), sizes.passes - 1)

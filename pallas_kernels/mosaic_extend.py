@@ -3,10 +3,14 @@
     block     an equal share of the chunks of 1,024 tokens of a kv head that is short
               chunk: bytes -> bits of the tokens that are attended -> their list, in shared memory
               list -> attention of each warp (mosaic_warp_attention.py)
-    last blocks of a kv head   its parts' outputs and sums added up, and certificates: a warp each for some columns, or the
-              certificate, of a query head
+    last blocks of a kv head   its parts' outputs and sums added up, and certificates: a warp each for some columns of a
+              query head, or its certificate
 
 Where no head is short, blocks end after a look at the marks. Where few are, all blocks share what there is to do.
+
+The last blocks of a kv head wait for each other. Blocks begin in order, so that at most one kv head has some that have
+not begun: fewer than `LAST_BLOCKS` wait for these, and those of other kv heads for blocks that run. So it is enough if
+`LAST_BLOCKS` blocks are on the device at once.
 """
 
 import dataclasses
@@ -73,7 +77,9 @@ def extend(
         ),
         blocks=sizes.blocks,
         shared_words=sizes.shared_words,
-    )(query.astype(keys.dtype), keys, values, bins, scale, quantized, length, limits, short, state, out, summary)  # fmt: skip
+    )(
+        query.astype(keys.dtype), keys, values, bins, scale, quantized, length, limits, short, state, out, summary
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +111,8 @@ class _Sizes:
         """Of the columns that a warp adds up at a time."""
         return -(-self.attention.head_dim // columns_of(LARGEST_PARTS))
 
-    # Places in shared memory, in words: what attention takes, a chunk, a list, the rule's words [WORDS,H], tokens of each
-    # warp, a ticket.
+    # Places in shared memory, in words: what attention takes, a chunk, a list, the rule's words [WORDS,H], tokens of
+    # each warp, a ticket.
     @property
     def chunk_at(self) -> int:
         return self.attention.shared_words

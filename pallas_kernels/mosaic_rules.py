@@ -31,7 +31,7 @@ def comparisons(kept):
 
 
 def kept_tokens(words, compare):
-    """Bits of tokens whose byte in some head's words, as many for each head in turn, is below its number of kept bins."""
+    """Bits of tokens whose byte in a head's words, as many of each head in turn, is below its number of kept bins."""
     nibbles, each = [], len(words) // len(compare)
     for word in range(each):
         dropped = m.value(0x80808080)

@@ -20,7 +20,6 @@ in it.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -69,8 +68,8 @@ class Scorer:
     """One lane's registers for a row: addresses, B fragments, and factors of its heads."""
 
     def __init__(
-        self, sizes: Sizes, row, start, stop, planes, factors, base, shift, bits, scale, bias, noise, bins, counters,
-        shared, all_scored: bool,
+        self, sizes: Sizes, row, start, stop, planes, factors, base, shift, bits, scale, bias, noise, bins,
+        counters: Counters, shared, all_scored: bool,
     ):  # fmt: skip
         lane, self.warp = m.bit_and(m.thread_index(), 31), m.right(m.thread_index(), 5)
         self.quad, self.t = m.right(lane, 2), m.bit_and(lane, 3)
@@ -151,11 +150,12 @@ class Scorer:
         fragments, halves = self.copies.fragments(stage), self.copies.halves(i)
         scale, *biases = [[x for word in words for x in m.bfloat16_pair(word)] for words in halves]
         scored = [None if self.all_scored else self._is_scored(token, j) for j in range(4)]
+        bias_gain = -DEPTHS_PER_NAT * (sizes.bias_gain or 0.0)
         for h in range(sizes.groups):
             slopes = [self.factors[h].slope(planes) for planes in _dots(fragments, self.columns[h])]
             offsets = [m.fma(shifts[h], -DEPTHS_PER_NAT, self.tops[h])] * 4
             for bias in biases:
-                offsets = [m.fma(x, -DEPTHS_PER_NAT * sizes.bias_gain, y) for x, y in zip(bias, offsets, strict=True)]
+                offsets = [m.fma(x, bias_gain, y) for x, y in zip(bias, offsets, strict=True)]
             lines = [_Line(*line) for line in zip(slopes, scale, offsets, strict=True)]
             packed, least = self.see(h, lines, scored, least)
             head = m.add(self.t, HEADS * h)
@@ -205,7 +205,8 @@ class NoisyScorer(Scorer):
         for token, word in self.copies.scale_words():
             if not self.all_scored:
                 token = m.add(self.start, token)
-                low, high = (m.select(self._is_scored(token, i), bits, 0) for i, bits in enumerate((0xFFFF, 0xFFFF0000)))
+                low = m.select(self._is_scored(token, 0), 0xFFFF, 0)
+                high = m.select(self._is_scored(token, 1), 0xFFFF0000, 0)
                 word = m.bit_and(word, m.bit_or(low, high))
             # A NaN loses.
             largest = m.larger_halves(largest, word)

@@ -89,8 +89,9 @@ class _Sizes:
 
 
 def _kernel(
-    sizes: _Sizes, ends, peaks, totals, outs, sums, counts, scale, quantized, limits, state, out, summary, lower, short, _
-):
+    sizes: _Sizes, ends, peaks, totals, outs, sums, counts, scale, quantized, limits, state, out, summary, lower, short,
+    _shared,
+):  # fmt: skip
     """ends [R,2], peaks and totals [N,H], outs [N,H,C], sums [N,H,KINDS], counts [R], scale [R,T], quantized [B],
     limits [R,H,LIMITS]; state [R,Z]; out [R,G,D], summary [R,G,8], lower [R,H,LIMITS], short [R,H]."""
     warp, lane = m.right(m.thread_index(), 5), m.bit_and(m.thread_index(), LANES - 1)

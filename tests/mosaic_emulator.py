@@ -269,9 +269,8 @@ class Emulator:
             if self.mask[lanes].any():
                 yield warp, lanes
 
-    def add_shared(self, at, x, *, offset, where=None):
-        wanted = self.mask if where is None else self.mask & where
-        np.add.at(self.shared, ((at + offset) // 4)[wanted], x[wanted])
+    def add_shared(self, at, x, *, offset):
+        np.add.at(self.shared, ((at + offset) // 4)[self.mask], x[self.mask])
 
     def max_shared(self, at, x):
         np.maximum.at(self.shared, (at // 4)[self.mask], x[self.mask])
