@@ -119,7 +119,8 @@ class Emulator:
         return x.astype(np.float32)
 
     def to_integer(self, x):
-        return np.nan_to_num(x, nan=0.0).clip(0, 2.0**32 - 512).astype(np.uint32)
+        # Lanes that are not active may hold anything.
+        return np.where(self.mask, np.nan_to_num(x, nan=0.0).clip(0, 2.0**32 - 512), 0).astype(np.uint32)
 
     def exp2(self, x):
         # Numbers below the normal ones are flushed to zero.

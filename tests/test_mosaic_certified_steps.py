@@ -249,6 +249,9 @@ def check_second_round(shape, dtype, jit=lambda run: run):
         bins._cache = dataclasses.replace(
             bins._cache, keys=bins._cache.keys.astype(dtype), values=bins._cache.values.astype(dtype)
         )  # fmt: skip
+        # Any head's mark is enough; what is not a head's is ignored.
+        marks = jnp.any(bins._short[:, :, : shape.group] > 0, axis=-1)
+        bins._short = jnp.ones_like(bins._short).at[:, :, : shape.group].set(0).at[:, :, shape.group - 1].set(marks)
         last, short, indices = bins.extend(limits, first, lists[0])
         again, counts = mosaic_certified.select_again(
             bins._bins, bins._second, bins._scale, bins._cache.quantized, bins._cache.length,
