@@ -239,6 +239,13 @@ def test_what_follows_from_sums_in_an_emulator(is_short, stretch, monkeypatch):
     np.testing.assert_array_equal((got.kept > limits.kept) | (got.depth > limits.depth), short)
 
 
+def decided_by_scales(limits, scale):
+    """Limits by which a token's scale decides whether it is kept, in some bins behind those that are kept."""
+    noise, kept = limits[..., 0], limits[..., 3]
+    typical = jnp.mean(scale.astype(jnp.float32), axis=-1)[..., None]
+    return limits.at[..., 4].set(kept - 8 * K * noise * typical + 4 * (noise * typical) ** 2)
+
+
 def check_second_round(shape, dtype, jit=lambda run: run):
     """In kv heads that are short, what attention over a list by the lower limits gives; in the others, what was."""
     config = RaBitQConfig(top_p=0.9, selection="certified", interval=64, sink=4)
@@ -249,6 +256,7 @@ def check_second_round(shape, dtype, jit=lambda run: run):
         bins._cache = dataclasses.replace(
             bins._cache, keys=bins._cache.keys.astype(dtype), values=bins._cache.values.astype(dtype)
         )  # fmt: skip
+        bins._second = decided_by_scales(bins._second, bins._scale)
         # Any head's mark is enough; what is not a head's is ignored.
         marks = jnp.any(bins._short[:, :, : shape.group] > 0, axis=-1)
         bins._short = jnp.ones_like(bins._short).at[:, :, : shape.group].set(0).at[:, :, shape.group - 1].set(marks)
