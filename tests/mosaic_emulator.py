@@ -41,6 +41,7 @@ class Emulator:
                 # Shared memory holds anything when a block begins.
                 self.shared = np.full(shared_words, 0xDEADBEEF, np.uint32)
                 self.copies, self.groups = [], [[] for _ in range(WARPGROUP // 32)]
+                self.under_way = np.zeros(shared_words, int)
                 body(*memories, *outs, None)
                 left = [copy for warp in self.groups for group in warp for copy in group]
                 assert not any(np.any(wanted) for wanted, *_ in self.copies + left), "copies that nothing waited for"
@@ -221,19 +222,26 @@ class Emulator:
         return published
 
     def wait_tickets(self, at, number):
-        state = "block", "mask", "shared", "copies", "groups"
+        state = "block", "mask", "shared", "copies", "groups", "under_way"
         while np.any((self.load(at)[0] < self.value(number)) & self.mask):
             mine = [getattr(self, name) for name in state]
             self.run_block()
             for name, x in zip(state, mine, strict=True):
                 setattr(self, name, x)
 
+    def _shared_words(self, at):
+        """Words that the active lanes use, to which no copy is under way."""
+        words = (at // 4)[self.mask]
+        assert not np.any(self.under_way[words]), "a use of what is being copied to"
+        return words
+
     def load_shared(self, at, *, words=1, offset=0):
+        self._shared_words(at + offset + 4 * (words - 1))
         return [self.shared[np.where(self.mask, (at + offset) // 4 + i, 0)] for i in range(words)]
 
     def store_shared(self, at, values, *, offset=0):
         for i, x in enumerate(values):
-            self.shared[((at + offset) // 4 + i)[self.mask]] = x[self.mask]
+            self.shared[self._shared_words(at + offset + 4 * i)] = x[self.mask]
 
     def load_matrices(self, at, number, *, offset=0):
         """Lane l has the address of row l % 8 of matrix l / 8, and gets words of row l / 4 of each."""
@@ -241,6 +249,8 @@ class Emulator:
         warp, lane = THREADS // 32, THREADS % 32
         rows = [(at[32 * warp + 8 * i + lane // 4] + offset) // 4 for i in range(number)]
         assert all(np.all((row % 4 == 0) | ~self.mask) for row in rows), "a row that is not aligned"
+        for row in rows:
+            self._shared_words(4 * (row + lane % 4))
         return [self.shared[np.where(self.mask, row + lane % 4, 0)] for row in rows]
 
     def copy(self, at_shared, at, *, words, shared_offset=0, offset=0, where=None):
@@ -249,6 +259,8 @@ class Emulator:
         assert np.all((source >= 0) & (source + words <= at.memory.size) | ~wanted), "a copy from outside of memory"
         assert np.all((to % words == 0) & (source % words == 0) | ~wanted), "a copy that is not aligned"
         self.copies.append((wanted, to, at.memory, source, words))
+        for i in range(words):
+            np.add.at(self.under_way, to[wanted] + i, 1)
 
     def end_copies(self):
         for warp, lanes in self._active_warps():
@@ -262,6 +274,7 @@ class Emulator:
                 for mask, to, memory, source, words in self.groups[warp].pop(0):
                     for i in range(words):
                         self.shared[to[mask] + i] = memory[source[mask] + i]
+                        np.subtract.at(self.under_way, to[mask] + i, 1)
 
     def _active_warps(self):
         for warp in range(WARPGROUP // 32):
@@ -271,7 +284,7 @@ class Emulator:
                 yield warp, lanes
 
     def add_shared(self, at, x, *, offset):
-        np.add.at(self.shared, ((at + offset) // 4)[self.mask], x[self.mask])
+        np.add.at(self.shared, self._shared_words(at + offset), x[self.mask])
 
     def max_shared(self, at, x):
         np.maximum.at(self.shared, (at // 4)[self.mask], x[self.mask])

@@ -32,12 +32,12 @@ def noise_of(shape, largest):
     return jnp.asarray(np.random.default_rng(1).uniform(0.3, largest, size), jnp.float32)
 
 
-def select(shape, arguments, noise, base, exact_lse, quantized, length, rule):
+def select(shape, arguments, noise, base, exact_lse, quantized, length, rule, *, sink=FIRST):
     levels, bits, gain, scale, bias, bias_gain, shift = arguments
     state = jax.new_ref(zeros(shape))
     bins, chosen = mosaic_certified.score_and_select(
         *prepared(levels, gain, base, shift), padded(exact_lse), padded(noise), state, bits, scale, bias,
-        bias_gain, quantized, length, group=shape.group, sink=FIRST, rule=rule,
+        bias_gain, quantized, length, group=shape.group, sink=sink, rule=rule,
     )  # fmt: skip
     return bins, jax.freeze(state), chosen
 
@@ -165,6 +165,21 @@ def test_selection_in_an_emulator(case, top_p, monkeypatch):
     check_selection(
         shape, certified=certified, top_p=top_p, offset=offset, largest=largest, bias=shape.group == 4
     )  # fmt: skip
+
+
+def test_largest_scale_is_that_of_a_scored_token_in_an_emulator(monkeypatch):
+    """Two scales are a word, of which one alone may be scored."""
+    emulate(monkeypatch)
+    shape = Shape(1, 1, 2, 512, 128)
+    levels, bits, gain, scale, *rest = inputs(shape)
+    base, length = jnp.zeros((1, 1, 2)), jnp.array([500])
+    for large, want in ((FIRST, 0.5), (FIRST + 1, 8.0), (447, 8.0), (448, 0.5)):
+        scale = jnp.full_like(scale, 0.5).at[..., large].set(8)
+        *_, (_, _, limits) = select(
+            shape, (levels, bits, gain, scale, *rest), noise_of(shape, 1.0), base, base, jnp.array([448]), length,
+            rule(0.9, True), sink=FIRST + 1,
+        )  # fmt: skip
+        np.testing.assert_array_equal(limits[..., :2, 7], want)
 
 
 def test_selection_of_everything_in_an_emulator(monkeypatch):

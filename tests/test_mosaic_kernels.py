@@ -197,7 +197,7 @@ def emulate(monkeypatch):
     "shape,bias",
     [
         (Shape(2, 2, 4, 1024, 128), True),
-        (Shape(1, 2, 5, 512, 64), False),
+        (Shape(1, 2, 5, 1024, 64), False),
         (Shape(2, 1, 3, 512, 256), False),
         (Shape(1, 1, 9, 640, 128), False),
         (Shape(2, 1, 2, 2560, 128), False),
@@ -206,12 +206,14 @@ def emulate(monkeypatch):
 )
 def test_score_bins_in_an_emulator(shape, bias, monkeypatch):
     """Every fragment and address of the kernel, with the instructions' layouts from the PTX manual; the last shape has
-    blocks that are scored whole, in part, and not at all; rounds of one step, and of several."""
+    blocks that are scored whole, in part, and not at all; rounds of one step, and of several; of more than four heads
+    many scores lie below the bins."""
     emulate(monkeypatch)
     if shape.batch == 2:
         monkeypatch.setattr(mosaic_score_bins, "FEW_BLOCKS", 0)
     # With a bias, a centroid for each step of 32 tokens.
-    arguments = inputs(shape, bias=bias, centroids=shape.tokens // 32 if bias else 4)
+    centroids, sharpness = shape.tokens // 32 if bias else 4, 5.0 if shape.group > 4 else 1.0
+    arguments = inputs(shape, bias=bias, centroids=centroids, sharpness=sharpness)
     stop, _ = ranges(shape)
     check_bins(shape, arguments, stop, lambda *a: score_bins(shape, *a, stop=stop))
 
