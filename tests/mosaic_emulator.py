@@ -120,8 +120,7 @@ class Emulator:
         return x.astype(np.float32)
 
     def to_integer(self, x):
-        # Lanes that are not active may hold anything.
-        return np.where(self.mask, np.nan_to_num(x, nan=0.0).clip(0, 2.0**32 - 512), 0).astype(np.uint32)
+        return np.nan_to_num(x, nan=0.0).clip(0, 2.0**32 - 512).astype(np.uint32)
 
     def exp2(self, x):
         # Numbers below the normal ones are flushed to zero.
@@ -237,7 +236,8 @@ class Emulator:
 
     def load_shared(self, at, *, words=1, offset=0):
         self._shared_words(at + offset + 4 * (words - 1))
-        return [self.shared[np.where(self.mask, (at + offset) // 4 + i, 0)] for i in range(words)]
+        places = [np.where(self.mask, (at + offset) // 4 + i, 0) for i in range(words)]
+        return [np.where(self.mask, self.shared[place], np.uint32(0)) for place in places]
 
     def store_shared(self, at, values, *, offset=0):
         for i, x in enumerate(values):
