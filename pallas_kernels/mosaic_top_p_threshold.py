@@ -146,6 +146,6 @@ def warp_sum(x, add):
 
 
 def from_key(key):
-    """The f32 of an unsigned number of the same order, minus infinity for 0; see `mosaic_scorers`."""
+    """The f32 of an unsigned number of the same order, minus infinity for 0; see `mosaic_counters`."""
     bits = m.select(m.less(key, 0x80000000), m.bit_xor(key, 0xFFFFFFFF), m.bit_and(key, 0x7FFFFFFF))
     return m.select(m.less(key, 1), float("-inf"), m.as_float(bits))

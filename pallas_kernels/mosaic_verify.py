@@ -105,7 +105,10 @@ def _kernel(
     def run():
         first, last = m.load(m.address(ends, m.left(row, 1)), words=2)
         count = m.load(m.address(counts, row))[0]
-        number = m.select(m.less(count, 1), 0, m.add(m.subtract(last, first), 1))
+        # Of an empty list no part says where its parts are.
+        is_empty = m.less(count, 1)
+        number = m.select(is_empty, 0, m.add(m.subtract(last, first), 1))
+        first = m.select(is_empty, 0, first)
         is_of_columns = m.less(kind, sizes.slices)
 
         def add_up_columns():

@@ -32,7 +32,8 @@ class Emulator:
         def run(*inputs):
             memories = [_words(x) for x in inputs]
             types = out_type if isinstance(out_type, tuple) else (out_type,)
-            outs = [np.zeros(math.prod(x.shape) * x.dtype.itemsize // 4, np.uint32) for x in types]
+            # Results hold anything before they are written.
+            outs = [np.full(math.prod(x.shape) * x.dtype.itemsize // 4, 0xDEADBEEF, np.uint32) for x in types]
             waiting = iter(range(blocks))
 
             def run_block():
@@ -434,8 +435,8 @@ def _words(x) -> np.ndarray:
 
 def _fma(a, b, c):
     # A product of two float32 is exact in float64; the sum is rounded twice, which is close enough for a bin.
-    # Infinity times zero is NaN without a warning, as on the GPU.
-    with np.errstate(invalid="ignore"):
+    # Infinity times zero is NaN without a warning, and too large a number infinity, as on the GPU.
+    with np.errstate(over="ignore", invalid="ignore"):
         return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
