@@ -6,6 +6,7 @@ The equations are those of rabitq_jax/certificate.py.
 from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import BINS_PER_NAT, State
 from pallas_kernels.mosaic_certified_threshold import SHORT, Rule, lower_limits
+from pallas_kernels.mosaic_parts import SumOfParts
 from pallas_kernels.mosaic_top_p_threshold import exp, warp_sum
 from pallas_kernels.prepare_query import SAMPLES
 
@@ -31,6 +32,14 @@ def certify(rule: Rule, sums, limits, scored, mean_deviation):
     # What is no number stays it.
     bound = m.select(m.not_less_float(bound, 1.0), 1.0, bound)
     return [attended, own, rest, bulk, *(m.select(is_complete, 1.0, x) for x in (verified, bound))]
+
+
+def certificate_of_parts(rule: Rule, of_parts: SumOfParts, sample, limits, scored):
+    """What `certify` says of the sums of a head's parts, with the typical deviation of a sample; and how many tokens
+    the head found."""
+    deviation = typical_deviation(rule, sample, limits[0])
+    found = of_parts.result()
+    return certify(rule, found, limits, scored, deviation), found[-1]
 
 
 def load_sample(lane, scale, first_token, scored, *, sink: int, tokens: int):

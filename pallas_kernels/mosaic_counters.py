@@ -12,6 +12,7 @@ from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import BINS, BINS_PER_NAT, HEADS, LOG2_E, PLACES, State
 
 COUNT_BITS, LANES = 12, 32
+LARGEST_COUNT = 2**COUNT_BITS - 1
 
 
 class Counters:
@@ -67,7 +68,7 @@ class Counters:
                 bin_ = m.add(thread, m.WARPGROUP * i)
                 four = m.load_shared(m.add(self._shared, m.left(bin_, 4)), words=4, offset=4 * HEADS * BINS * h)
                 for head, word in enumerate(four):
-                    count = m.bit_and(word, 2**COUNT_BITS - 1)
+                    count = m.bit_and(word, LARGEST_COUNT)
                     places = m.subtract(m.right(word, COUNT_BITS), m.multiply(m.multiply(count, bin_), PLACES))
                     places = m.bit_and(places, 2 ** (32 - COUNT_BITS) - 1)
                     m.add_global_pair(state.bin(m.value(HEADS * h + head), bin_), places, count)

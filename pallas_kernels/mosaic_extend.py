@@ -1,10 +1,10 @@
 """The second round in one launch, for Hopper GPUs: kv heads of which a query head is short attend by lower limits.
 
     block     an equal share of the chunks of 1,024 tokens of a kv head that is short
-              chunk: bytes -> bits of the tokens that are attended -> their list, in shared memory
+              chunk (mosaic_chunk.py): bytes -> bits of the tokens that are attended -> their list, in shared memory
               list -> attention of each warp (mosaic_warp_attention.py)
-    last blocks of a kv head   its parts' outputs and sums added up, and certificates: a warp each for some columns of a
-              query head, or its certificate
+    last blocks of a kv head   its parts' outputs and sums added up (mosaic_parts.py), and certificates: a warp each for
+              some columns of a query head, or its certificate
 
 Where no head is short, blocks end after a look at the marks. Where few are, all blocks share what there is to do.
 
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import State
-from pallas_kernels.mosaic_certificate import certify, load_sample, store_numbers, typical_deviation
+from pallas_kernels.mosaic_certificate import certificate_of_parts, load_sample, store_numbers
 from pallas_kernels.mosaic_certified_threshold import Rule
 from pallas_kernels.mosaic_certified_threshold import words as certified_words
 from pallas_kernels.mosaic_chunk import CHUNK, THREAD_TOKENS, Chunk, chunk_words
@@ -396,10 +396,8 @@ class _Block:
         sample = load_sample(self.lane, self.scale, first_token, self.scored, sink=sizes.sink, tokens=sizes.tokens)
         limits = load_limits(self.limits, m.add(m.multiply(self.row, sizes.heads), head))
         of_parts = SumOfParts(self.lane, sums, sizes.heads, head, self.first, self.parts, LARGEST_PARTS)
-        deviation = typical_deviation(rule, sample, limits[0])
-        found = of_parts.result()
-        certificate = certify(rule, found, limits, self.scored, deviation)
-        numbers = [*certificate, found[-1], m.to_float(warp_sum(functools.reduce(m.add, counts), m.add))]
+        certificate, found = certificate_of_parts(rule, of_parts, sample, limits, self.scored)
+        numbers = [*certificate, found, m.to_float(warp_sum(functools.reduce(m.add, counts), m.add))]
         place = m.add(m.multiply(self.row, sizes.group), head)
         m.when(m.less(self.lane, 1), lambda: store_numbers(numbers, self.summary, place))
 

@@ -1,8 +1,8 @@
 """Scores, kept as one byte each and counted where they are made; for Hopper GPUs.
 
-Warps score (mosaic_scorers.py). Counts of bins, and sums of depth - bin in steps of 1/256, gather in shared memory,
-both in one word, and are added to the row's at the end of a block of tokens. They are integers, so the result is the
-same in every run. Tokens of the last bin are not counted: they are the rest of those scored.
+Warps score (mosaic_scorers.py). Counts of bins, and sums of depth - bin in steps of 1/256, gather in shared memory
+(mosaic_counters.py), and are added to the row's at the end of a block of tokens. They are integers, so the result is
+the same in every run. Tokens of the last bin are not counted: they are the rest of those scored.
 
 Bin 0 says little of scores above base. But each lane knows the largest of its own. The exponentials of those above
 base, added up over a warp, are worth so many tokens of the warp's largest score, and no more than the warp holds: the
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import HEADS, State
 from pallas_kernels.mosaic_code_copies import STEP_TOKENS
-from pallas_kernels.mosaic_counters import Counters
+from pallas_kernels.mosaic_counters import LARGEST_COUNT, Counters
 from pallas_kernels.mosaic_scorers import DEPTHS_PER_NAT, LEAST_BLOCK_TOKENS, NoisyScorer, Scorer, Sizes
 
 BLOCK_TOKENS = 2048
@@ -66,6 +66,7 @@ def score_bins(
             f"tokens and centroids of multiples of {STEP_TOKENS}, got {32 * words}, {tokens} and {tokens // centroids}"
         )
     block = math.gcd(tokens, BLOCK_TOKENS)
+    assert block <= LARGEST_COUNT
     blocks = batch * kv_heads * (tokens // block)
     sizes = Sizes(
         kv_heads=kv_heads, group=group, groups=heads // HEADS, tokens=tokens, words=words, centroids=centroids,

@@ -16,11 +16,10 @@ from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import HEADS, State
 from pallas_kernels.mosaic_certificate import (
     SUMMARY,
-    certify,
+    certificate_of_parts,
     limits_of_second_round,
     load_sample,
     store_numbers,
-    typical_deviation,
 )
 from pallas_kernels.mosaic_certified_threshold import SHORT, Rule
 from pallas_kernels.mosaic_parts import Parts, SumOfParts, columns_of
@@ -127,12 +126,10 @@ def _kernel(
             first_token = m.multiply(row, sizes.tokens)
             of_parts = SumOfParts(lane, sums, sizes.heads, head, first, number, sizes.usual)
             sample = load_sample(lane, scale, first_token, scored, sink=sizes.sink, tokens=sizes.tokens)
-            deviation = typical_deviation(sizes.rule, sample, mine[0])
-            found = of_parts.result()
-            certificate = certify(sizes.rule, found, mine, scored, deviation)
+            certificate, found = certificate_of_parts(sizes.rule, of_parts, sample, mine, scored)
             states = State(state, row, sizes.heads, sizes.state_words)
             second = limits_of_second_round(sizes.rule, lane, states, head, scored, mine, certificate)
-            numbers = [*certificate, found[-1], m.to_float(count)]
+            numbers = [*certificate, found, m.to_float(count)]
 
             def store():
                 store_numbers(numbers, summary, m.add(m.multiply(row, sizes.group), head))
