@@ -33,10 +33,11 @@ from pallas_kernels.mosaic_top_p_threshold import warp_sum
 from pallas_kernels.mosaic_warp_attention import WARPS, Sizes, WarpAttention
 
 LANES = 32
-# Blocks that are on the device at once, and the most that a kv head's tokens are split into.
+# Blocks that are on the device at once, and the most that a kv head's tokens are split into; the number of parts is a
+# power of two, since a division by what is not takes longer than all else of a block's start.
 BLOCKS, LARGEST_PARTS = 264, 128
-# Blocks that share what there is to conclude of a kv head.
-LAST_BLOCKS = 9
+# Blocks that share what there is to conclude of a kv head, a power of two.
+LAST_BLOCKS = 16
 # Words of marks of 32 rows, under way at once.
 MARKS_AT_ONCE = 8
 
@@ -150,13 +151,12 @@ def _kernel(
     number = _count_short(sizes, marks)
 
     def share_out():
-        parts = m.minimum_signed(m.divide(sizes.blocks, number), LARGEST_PARTS)
-        some = m.divide(m.block_index(), parts)
+        log2_parts = _log2_parts(sizes, number)
+        some = m.right(m.block_index(), log2_parts)
 
         def run():
-            first = m.multiply(some, parts)
             arrays = query, keys, values, bins, scale, quantized, length, limits, state, out, summary
-            block = _Block(sizes, lane, _short_row(sizes, lane, marks, some), first, parts, *arrays, shared)
+            block = _Block(sizes, lane, _short_row(sizes, lane, marks, some), some, log2_parts, *arrays, shared)
             block.attend(*parts_of_blocks)
             block.finish(*parts_of_blocks)
 
@@ -201,6 +201,12 @@ def _count_short(sizes: _Sizes, marks):
     return m.loop(_rounds(sizes), [m.value(0)], add)[0]
 
 
+def _log2_parts(sizes: _Sizes, number):
+    """Of each of so many kv heads, all of which have blocks."""
+    steps = range(1, LARGEST_PARTS.bit_length())
+    return functools.reduce(m.add, [m.select(m.less(sizes.blocks >> i, number), 0, 1) for i in steps])
+
+
 def _short_row(sizes: _Sizes, lane, marks, number):
     """The row that is short after so many others."""
 
@@ -209,22 +215,24 @@ def _short_row(sizes: _Sizes, lane, marks, number):
         for first, word in marks(i):
             mine = m.add(before, m.count_ones(m.bit_and(word, m.subtract(m.left(1, lane), 1))))
             is_marked = m.less(0, m.bit_and(word, m.left(1, lane)))
-            is_it = m.both(is_marked, m.both(m.not_less(mine, number), m.not_less(number, mine)))
-            before, row = m.add(before, m.count_ones(word)), m.select(is_it, m.add(first, lane), row)
+            it = m.ballot(m.both(is_marked, m.both(m.not_less(mine, number), m.not_less(number, mine))))
+            row = m.select(m.less(0, it), m.add(first, m.count_ones(m.subtract(it, 1))), row)
+            before = m.add(before, m.count_ones(word))
         return [before, row]
 
-    _, row = m.loop(_rounds(sizes), [m.value(0), m.value(0)], look)
-    return warp_sum(row, m.add)
+    return m.loop(_rounds(sizes), [m.value(0), m.value(0)], look)[1]
 
 
 class _Block:
     """A block's part of a kv head's tokens."""
 
     def __init__(
-        self, sizes: _Sizes, lane, row, first, parts, query, keys, values, bins, scale, quantized, length, limits,
+        self, sizes: _Sizes, lane, row, some, log2_parts, query, keys, values, bins, scale, quantized, length, limits,
         state, out, summary, shared,
     ):  # fmt: skip
-        self.sizes, self.lane, self.row, self.first, self.parts = sizes, lane, row, first, parts
+        self.sizes, self.lane, self.row = sizes, lane, row
+        first = m.left(some, log2_parts)
+        self.first, self.log2_parts, self.parts = first, log2_parts, m.left(1, log2_parts)
         self.part, self._shared = m.subtract(m.block_index(), first), m.shared_address(shared)
         tokens = sizes.attention.tokens
         self.chunk = Chunk(row, sizes.group, tokens, bins, scale, self.shared(sizes.chunk_at))
@@ -250,8 +258,8 @@ class _Block:
         sizes, attention = self.sizes, self.attention
         chunks = m.divide(m.add(self.length, CHUNK - 1), CHUNK)
         start = m.minimum_signed(self.part, chunks)
-        rounds = m.divide(m.add(m.subtract(chunks, start), m.subtract(self.parts, 1)), self.parts)
-        start_of = lambda i: m.multiply(m.add(self.part, m.multiply(i, self.parts)), CHUNK)  # noqa: E731
+        rounds = m.right(m.add(m.subtract(chunks, start), m.subtract(self.parts, 1)), self.log2_parts)
+        start_of = lambda i: m.multiply(m.add(self.part, m.left(i, self.log2_parts)), CHUNK)  # noqa: E731
         self._store_rule()
         m.barrier()
         compare = comparisons(
@@ -351,7 +359,8 @@ class _Block:
         at, is_first_thread = self.shared(self.sizes.ticket_at), m.less(m.thread_index(), 1)
         m.when(is_first_thread, lambda: m.store_shared(at, [m.take_ticket(self.ticket)]))
         m.barrier()
-        number = m.minimum_signed(self.parts, LAST_BLOCKS)
+        log2_number = m.minimum_signed(self.log2_parts, LAST_BLOCKS.bit_length() - 1)
+        number = m.left(1, log2_number)
         # Unsigned: that of a block that is not one of the last is far above.
         which = m.subtract(m.add(m.load_shared(at)[0], number), self.parts)
 
@@ -359,12 +368,13 @@ class _Block:
             m.when(is_first_thread, lambda: m.wait_tickets(self.ticket, self.parts))
             m.barrier()
             first, each = m.add(m.multiply(which, WARPS), self.warp), m.multiply(number, WARPS)
+            log2_each = m.add(log2_number, WARPS.bit_length() - 1)
             kinds = self.sizes.slices + 1
             left = m.maximum_signed(m.subtract(self.sizes.group * kinds, first), 0)
-            rounds = m.divide(m.add(left, m.subtract(each, 1)), each)
+            rounds = m.right(m.add(left, m.subtract(each, 1)), log2_each)
 
             def conclude(i, _):
-                some = m.add(first, m.multiply(i, each))
+                some = m.add(first, m.left(i, log2_each))
                 head = m.divide(some, kinds)
                 kind = m.subtract(some, m.multiply(head, kinds))
                 is_of_columns = m.less(kind, self.sizes.slices)

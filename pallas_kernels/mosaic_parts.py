@@ -1,7 +1,7 @@
 """Parts of attention, one warp a query head: outputs rescaled to the largest peak, sums, added up; for Hopper GPUs.
 
-warp     16 or 32 columns at a time: lane = 4 columns of one of 8 or 4 parts at a time; up to 9 parts of each are
-         under way at once, so that a usual number of parts takes one round
+warp     16 or 32 columns at a time: lane = 4 columns of one of 8 or 4 parts at a time; up to 16 parts of each are
+         under way at once, so that a usual number of parts takes one round; peaks are asked for with them
 """
 
 import functools
@@ -10,7 +10,7 @@ from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_found import KINDS
 from pallas_kernels.mosaic_top_p_threshold import exp, warp_sum
 
-LANE_COLUMNS, LARGEST_COLUMNS, LARGEST_AT_ONCE = 4, 32, 9
+LANE_COLUMNS, LARGEST_COLUMNS, LARGEST_AT_ONCE = 4, 32, 16
 # Parts of which the peaks are under way at once, 32 of them each.
 PEAKS_AT_ONCE = 4
 # Parts of which the sums are under way at once.
@@ -36,7 +36,6 @@ class Parts:
         self.peaks, self.totals, self.outs, self.heads, self.columns = peaks, totals, outs, heads, columns
         self.head, self.first, self.number, self.usual, self.lane = head, first, number, usual, lane
         self.dtype = dtype
-        self.peak, self.total = self._add_up()
 
     def _load(self, ref, part):
         place = m.add(self.first, part)
@@ -77,36 +76,43 @@ class Parts:
         mine = m.add(first_column, m.multiply(m.bit_and(self.lane, lanes - 1), LANE_COLUMNS))
         first_part = m.divide(self.lane, lanes)
 
-        def add(i, sums):
+        def ask(i):
             loads = []
             for j in range(at_once):
                 part = m.add(m.add(first_part, apart * j), m.multiply(i, apart * at_once))
                 is_real, part = m.less(part, self.number), self._within(part)
                 loads.append((is_real, self._load(self.peaks, part), self._load_columns(part, mine)))
+            return loads
+
+        def add(loads, sums):
             for is_real, peak, values in loads:
-                weight = m.select(is_real, exp(m.subtract_float(peak, self.peak)), 0.0)
+                weight = m.select(is_real, exp(m.subtract_float(peak, highest)), 0.0)
                 # A part that is not real may hold anything.
                 values = [m.select(is_real, x, 0.0) for x in values]
-                sums = [m.fma(weight, x, total) for x, total in zip(values, sums, strict=True)]
+                sums = [m.fma(weight, x, so_far) for x, so_far in zip(values, sums, strict=True)]
             return sums
 
+        first_loads = ask(m.value(0))
+        highest, total = self._add_up()
+        sums = add(first_loads, [m.value(0.0)] * LANE_COLUMNS)
         rounds = m.divide(m.add(self.number, apart * at_once - 1), apart * at_once)
-        sums = m.loop(rounds, [m.value(0.0)] * LANE_COLUMNS, add)
+        more = m.subtract(m.maximum_signed(rounds, 1), 1)
+        sums = m.loop(more, sums, lambda i, sums: add(ask(m.add(i, 1)), sums))
         step = lanes
         while step < 32:
             sums = [m.add_float(x, m.shuffle_xor(x, step)) for x in sums]
             step *= 2
-        self._store_columns(sums, mine, out, place, size, m.less(self.lane, lanes))
+        self._store_columns(sums, total, mine, out, place, size, m.less(self.lane, lanes))
 
     def _load_columns(self, part, column):
         place = m.add(m.multiply(m.add(self.first, part), self.heads), self.head)
         at = m.address(self.outs, m.add(m.multiply(place, self.columns), column))
         return [m.as_float(w) for w in m.load_written(at, words=LANE_COLUMNS)]
 
-    def _store_columns(self, sums, column, out, place, size: int, where):
+    def _store_columns(self, sums, total, column, out, place, size: int, where):
         """To neighbouring columns, of a size that is even."""
         # An empty list has no parts, and gives zero.
-        over_total = m.select(m.less_float(self.total, 1e-30), 0.0, m.reciprocal(self.total))
+        over_total = m.select(m.less_float(total, 1e-30), 0.0, m.reciprocal(total))
         values = [m.multiply_float(x, over_total) for x in sums]
         first = m.add(place, column)
         is_whole = self.dtype == "float32"
