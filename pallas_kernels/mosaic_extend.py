@@ -37,7 +37,9 @@ LANES = 32
 # power of two, since a division by what is not takes longer than all else of a block's start.
 BLOCKS, LARGEST_PARTS = 264, 128
 # Blocks that share what there is to conclude of a kv head, a power of two.
-LAST_BLOCKS = 16
+LAST_BLOCKS = 32
+# Of the tokens that have no codes yet, those that a block may list beside a chunk: one a thread.
+RECENT = m.WARPGROUP
 # Words of marks of 32 rows, under way at once.
 MARKS_AT_ONCE = 8
 
@@ -124,7 +126,7 @@ class _Sizes:
 
     @property
     def rule_at(self) -> int:
-        return self.list_at + CHUNK
+        return self.list_at + CHUNK + RECENT
 
     @property
     def totals_at(self) -> int:
@@ -242,6 +244,8 @@ class _Block:
         sequence = m.divide(row, sizes.attention.kv_heads)
         self.quantized, self.length = (m.load(m.address(x, sequence))[0] for x in (quantized, length))
         self.scored = m.maximum_signed(m.subtract(self.quantized, sizes.attention.sink), 0)
+        # Tokens from here on are attended whatever is kept.
+        self.recent = m.minimum_signed(m.maximum_signed(self.quantized, sizes.attention.sink), self.length)
         self.attention = WarpAttention(
             sizes.attention, lane, row, query, keys, values, self._shared,
             bins=bins, scale=scale, limits=limits, scored=self.scored,
@@ -256,9 +260,9 @@ class _Block:
     def attend(self, peaks, totals, outs, sums, tokens):
         """The block's part, to its place in the arrays."""
         sizes, attention = self.sizes, self.attention
-        chunks = m.divide(m.add(self.length, CHUNK - 1), CHUNK)
-        start = m.minimum_signed(self.part, chunks)
-        rounds = m.right(m.add(m.subtract(chunks, start), m.subtract(self.parts, 1)), self.log2_parts)
+        chunks = self._share(m.divide(m.add(self.recent, CHUNK - 1), CHUNK))
+        recent = self._share(m.subtract(self.length, self.recent))
+        rounds = m.maximum_signed(chunks, m.divide(m.add(recent, RECENT - 1), RECENT))
         start_of = lambda i: m.multiply(m.add(self.part, m.left(i, self.log2_parts)), CHUNK)  # noqa: E731
         self._store_rule()
         m.barrier()
@@ -268,7 +272,7 @@ class _Block:
 
         def attend_chunk(i, carried):
             *progress, total = carried
-            count = self._list(start_of(i), compare)
+            count = self._list(start_of(i), compare, i, recent)
             # The next chunk is on its way while this one is attended.
             following = m.add(i, 1)
             m.when(m.less(following, rounds), lambda: self.chunk.begin(start_of(following)))
@@ -284,6 +288,11 @@ class _Block:
         attention.share(progress)
         m.barrier()
         attention.add_up_warps(m.block_index(), peaks, totals, outs, sums)
+
+    def _share(self, number):
+        """How many of so many this block has, where it has every `parts`th."""
+        left = m.maximum_signed(m.subtract(number, self.part), 0)
+        return m.right(m.add(left, m.subtract(self.parts, 1)), self.log2_parts)
 
     def _listed(self, place):
         """The token at a place of the list."""
@@ -301,8 +310,9 @@ class _Block:
 
         m.when(m.less(head, sizes.group), store)
 
-    def _list(self, start, compare):
-        """List a chunk's tokens that are attended, in shared memory; returns how many."""
+    def _list(self, start, compare, i, recent):
+        """List a chunk's tokens that are attended, in shared memory, and the i-th `RECENT` of so many recent ones of the
+        block; returns how many."""
         sizes, token = self.sizes, self.chunk.token(start)
         mask = self._attended(token, compare)
         count = m.count_ones(mask)
@@ -314,8 +324,9 @@ class _Block:
         m.barrier()
         of_warps = [m.load_shared(self.shared(sizes.totals_at), offset=4 * i)[0] for i in range(WARPS)]
         place = m.subtract(through, count)
-        for i, more in enumerate(of_warps):
-            place = m.select(m.less(i, self.warp), m.add(place, more), place)
+        for warp, more in enumerate(of_warps):
+            place = m.select(m.less(warp, self.warp), m.add(place, more), place)
+        total = functools.reduce(m.add, of_warps)
 
         def store(i, carried):
             (rest,) = carried
@@ -326,8 +337,13 @@ class _Block:
             return [m.bit_xor(rest, lowest)]
 
         m.loop(count, [mask], store)
+        before = m.multiply(i, RECENT)
+        number = m.minimum_signed(m.maximum_signed(m.subtract(recent, before), 0), RECENT)
+        mine = m.add(m.left(m.add(before, m.thread_index()), self.log2_parts), m.add(self.recent, self.part))
+        at = self.shared(sizes.list_at, m.add(total, m.thread_index()))
+        m.when(m.less(m.thread_index(), number), lambda: m.store_shared(at, [mine]))
         m.barrier()
-        return functools.reduce(m.add, of_warps)
+        return m.add(total, number)
 
     def _attended(self, token, compare):
         """Bits of this thread's tokens of the chunk, of which it has the first."""
@@ -335,7 +351,7 @@ class _Block:
         words = self.chunk.words()
         bits = kept_tokens(words, compare)
         scored, others = scored_and_others(
-            token, sink=self.sizes.attention.sink, quantized=self.quantized, length=self.length, number=THREAD_TOKENS
+            token, sink=self.sizes.attention.sink, quantized=self.quantized, length=self.recent, number=THREAD_TOKENS
         )  # fmt: skip
         candidates = m.bit_and(rule.candidates(heads, rule_at)(words, bits), scored)
 
@@ -367,7 +383,8 @@ class _Block:
         def share_out():
             m.when(is_first_thread, lambda: m.wait_tickets(self.ticket, self.parts))
             m.barrier()
-            first, each = m.add(m.multiply(which, WARPS), self.warp), m.multiply(number, WARPS)
+            # A warp of each block before a second one of any: what they fetch is more than what they do with it.
+            first, each = m.add(which, m.left(self.warp, log2_number)), m.multiply(number, WARPS)
             log2_each = m.add(log2_number, WARPS.bit_length() - 1)
             kinds = self.sizes.slices + 1
             left = m.maximum_signed(m.subtract(self.sizes.group * kinds, first), 0)

@@ -293,6 +293,9 @@ class WarpAttention:
         at = m.row_address(query, place, sizes.head_dim // 2)
         for first in range(0, sizes.chunks, 4):
             chunk = m.add(self.t, first)
+            if first + 4 <= sizes.chunks:
+                chunks.append(m.load(m.advance(at, m.left(chunk, 2)), words=4))
+                continue
             words = m.load(m.advance(at, m.left(m.minimum_signed(chunk, sizes.chunks - 1), 2)), words=4)
             chunks.append([m.select(m.less(chunk, sizes.chunks), word, 0) for word in words])
         return chunks
