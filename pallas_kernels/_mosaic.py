@@ -195,10 +195,12 @@ def _operands(first: int, count: int) -> str:
     return names if count == 1 else "{" + names + "}"
 
 
-def load(at, *, words: int = 1, offset: int = 0) -> list[ir.Value]:
-    """`words` (1, 2 or 4) neighbouring words from global memory that the kernel does not write; offset in bytes."""
+def load(at, *, words: int = 1, offset: int = 0, now: bool = False) -> list[ir.Value]:
+    """`words` (1, 2 or 4) neighbouring words from global memory that the kernel does not write; offset in bytes. They
+    are asked for where they are used, unless it is to be now."""
     vector = "" if words == 1 else f".v{words}"
-    return ptx(f"ld.global.nc{vector}.b32 {_operands(0, words)}, [${words}+{offset}];", [at], "r" * words)
+    text = f"ld.global.nc{vector}.b32 {_operands(0, words)}, [${words}+{offset}];"
+    return ptx(text, [at], "r" * words, effects=now)
 
 
 def load_written(at, *, words: int = 1) -> list[ir.Value]:

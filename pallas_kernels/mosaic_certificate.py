@@ -4,10 +4,10 @@ The equations are those of rabitq_jax/certificate.py.
 """
 
 from pallas_kernels import _mosaic as m
-from pallas_kernels.mosaic_bins import BINS_PER_NAT, State
-from pallas_kernels.mosaic_certified_threshold import SHORT, Rule, lower_limits
+from pallas_kernels.mosaic_bins import BINS_PER_NAT
+from pallas_kernels.mosaic_certified_threshold import DEVIATION, Rule, lower_limits
 from pallas_kernels.mosaic_parts import SumOfParts
-from pallas_kernels.mosaic_top_p_threshold import exp, warp_sum
+from pallas_kernels.mosaic_top_p_threshold import LaneBins, exp, warp_sum
 from pallas_kernels.prepare_query import SAMPLES
 
 # Numbers of a head: the fields of a certificate, its own tokens, and how many its kv head attends.
@@ -34,10 +34,8 @@ def certify(rule: Rule, sums, limits, scored, mean_deviation):
     return [attended, own, rest, bulk, *(m.select(is_complete, 1.0, x) for x in (verified, bound))]
 
 
-def certificate_of_parts(rule: Rule, of_parts: SumOfParts, sample, limits, scored):
-    """What `certify` says of the sums of a head's parts, with the typical deviation of a sample; and how many tokens
-    the head found."""
-    deviation = typical_deviation(rule, sample, limits[0])
+def certificate_of_parts(rule: Rule, of_parts: SumOfParts, limits, scored, deviation):
+    """What `certify` says of the sums of a head's parts; and how many tokens the head found."""
     found = of_parts.result()
     return certify(rule, found, limits, scored, deviation), found[-1]
 
@@ -51,8 +49,7 @@ def load_sample(lane, scale, first_token, scored, *, sink: int, tokens: int):
         i = m.add(lane, first)
         place = m.add(m.multiply(each, i), m.divide(m.multiply(rest, i), SAMPLES))
         token = m.add(first_token, m.minimum_signed(m.add(place, sink), tokens - 1))
-        # Not to be put off until it is used.
-        loads.append((m.load_written(m.address(scale, m.right(token, 1)))[0], token))
+        loads.append((m.load(m.address(scale, m.right(token, 1)), now=True)[0], token))
     return loads
 
 
@@ -79,16 +76,14 @@ def store_numbers(numbers, ref, place):
         m.store(at, [m.as_int(x) for x in numbers[i : i + 4]], offset=4 * i)
 
 
-def limits_of_second_round(rule: Rule, lane, state: State, head, scored, limits, certificate):
-    """Lower limits, marked, where the bound is below p; as they were elsewhere."""
+def limits_of_second_round(rule: Rule, lane, bins: LaneBins | None, scored, limits, certificate, deviation):
+    """Lower limits where the bound is below p, as they were elsewhere; and whether it is, 1 or 0. `bins` are those of
+    the head, None of a rule by which no head is short."""
     attended, own, rest, bulk, _, bound = certificate
-    if not rule.certified or rule.top_p == 1:
-        return _marked(limits, 0.0)
     is_short = m.less_float(bound, rule.top_p)
-    known = attended, own, rest, bulk
-    lowered = m.update(is_short, limits, lambda limits: lower_limits(rule, lane, state, head, scored, limits, known))
-    return _marked(lowered, m.select(is_short, 1.0, 0.0))
-
-
-def _marked(limits, is_short):
-    return [*limits[:SHORT], m.value(is_short), *limits[SHORT + 1 :]]
+    if bins is not None:
+        known = attended, own, rest, bulk
+        lower = lambda limits: lower_limits(rule, lane, bins.counted(lane, scored), limits, known)  # noqa: E731
+        limits = m.update(is_short, limits, lower)
+    limits = [*limits[:DEVIATION], deviation, *limits[DEVIATION + 1 :]]
+    return limits, m.value(0) if bins is None else m.select(is_short, 1, 0)

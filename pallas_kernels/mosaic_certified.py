@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic_attention, mosaic_compact, mosaic_extend, mosaic_score_bins, mosaic_verify
-from pallas_kernels.mosaic_certified_threshold import SHORT, Rule
+from pallas_kernels.mosaic_certified_threshold import Rule
 from pallas_kernels.mosaic_top_p import zeros
 
-__all__ = ["SHORT", "Rule", "attend", "attend_again", "score_and_select", "select_again", "zeros"]
+__all__ = ["Rule", "attend", "attend_again", "score_and_select", "select_again", "zeros"]
 
 
 def score_and_select(
@@ -77,8 +77,10 @@ def attend_again(
     return jax.freeze(out), jax.freeze(summary)
 
 
-def select_again(bins, limits, scale, quantized, length, *, sink: int, deviations: float):
+def select_again(bins, limits, short, scale, quantized, length, *, sink: int, deviations: float):
     """Indices int32 [B,K,T] and counts int32 [B,K] of the tokens that limits of a second round keep, in kv heads of
     which a query head is short."""
     state = jax.new_ref(jnp.zeros((*limits.shape[:2], mosaic_compact.given_state_words(scale.shape[2])), jnp.int32))
-    return mosaic_compact.compact_given(bins, limits, scale, state, quantized, length, sink=sink, deviations=deviations)
+    return mosaic_compact.compact_given(
+        bins, limits, short, scale, state, quantized, length, sink=sink, deviations=deviations
+    )

@@ -11,12 +11,12 @@ import functools
 
 from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import BINS, BINS_PER_NAT, LOG2_E, State
-from pallas_kernels.mosaic_top_p_threshold import LANE_BINS, bin_masses, exact_mass, from_key, load_bins, warp_sum
+from pallas_kernels.mosaic_top_p_threshold import LANE_BINS, LaneBins, bin_masses, exact_mass, warp_sum
 
 # What is said of a head: noise; peak, the unit of masses being e^peak; base; how many bins are kept; the single
-# threshold in bins below base; C1; the total mass; and the largest scale of the row. In limits of a second round,
-# whether the head is short, 1 or 0, takes the place of the total.
-LIMITS, SHORT = 8, 6
+# threshold in bins below base; C1; the total mass; and the largest scale of the row. In limits of a second round, the
+# typical deviation of the head's estimates takes the place of the total.
+LIMITS, DEVIATION = 8, 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,8 @@ class Rule:
 
 def find_limits(rule: Rule, lane, state: State, head, scored, base, exact_lse, noise):
     """A head's limits, `LIMITS` f32, the same in all lanes, of so many tokens scored."""
-    places, counts, above = load_bins(state, head, lane, scored)
-    lower, upper, peak = bin_masses(lane, places, counts, above, base, from_key(m.load(state.peak(head))[0]))
+    _, counts, *_ = counted = LaneBins.load(state, head, lane).counted(lane, scored)
+    lower, upper, peak = bin_masses(lane, counted, base)
     total = m.add_float(exact_mass(exact_lse, peak), warp_sum(_sum(lower), m.add_float))
     largest_scale = m.as_float(m.load(state.largest_scale())[0])
     budget = m.multiply_float(total, rule.left_out)
@@ -60,16 +60,17 @@ def find_limits(rule: Rule, lane, state: State, head, scored, base, exact_lse, n
     return [noise, peak, base, m.to_float(kept), depth, below, total, largest_scale]
 
 
-def lower_limits(rule: Rule, lane, state: State, head, scored, limits, known):
+def lower_limits(rule: Rule, lane, counted, limits, known):
     """`rabitq_jax.thresholds.extended_thresholds`: limits of a head that is short, the same in all lanes.
 
     Args:
+      counted: of its bins, as `mosaic_top_p_threshold.LaneBins` gives them.
       known: attended, own, rest and bulk of its `rabitq_jax.certificate.Certificate`.
     """
     noise, peak, base, kept, depth, below, total, largest_scale = limits
     attended, own, rest, bulk = known
-    places, counts, above = load_bins(state, head, lane, scored)
-    _, upper, _ = bin_masses(lane, places, counts, above, base, from_key(m.load(state.peak(head))[0]))
+    _, counts, *_ = counted
+    _, upper, _ = bin_masses(lane, counted, base)
     budget = m.multiply_float(attended, rule.left_out / rule.top_p)
     others = m.maximum(m.subtract_float(attended, own), 0.0)
     over_before = m.reciprocal(m.maximum(below, 1e-30))

@@ -94,11 +94,11 @@ def compact_noisy(
     return _call(rules, inputs, bins, base.shape[2], state, quantized, length, reports, sink=sink)
 
 
-def compact_given(bins, limits, scale, state, quantized, length, *, sink: int, deviations: float):
+def compact_given(bins, limits, short, scale, state, quantized, length, *, sink: int, deviations: float):
     """The tokens that limits keep, in kv heads of which one is short.
 
     Args:
-      limits: float32 [B,K,H,LIMITS], of `mosaic_verify.verify`; the others' lists are empty.
+      limits, short: float32 [B,K,H,LIMITS] and int32 [B,K,H], of `mosaic_verify.verify`; the others' lists are empty.
       state: a reference, int32 [B,K,Z] of zeros, Z of `given_state_words`.
       Others: as of `compact_noisy`.
 
@@ -106,7 +106,7 @@ def compact_given(bins, limits, scale, state, quantized, length, *, sink: int, d
       indices and counts, as `compact`.
     """
     rule = Given(deviations=float(deviations), group=bins.shape[3])
-    inputs = limits, scale
+    inputs = limits, short, scale
     return _call(rule, inputs, bins, limits.shape[2], state, quantized, length, (), sink=sink, passes=GIVEN_PASSES)
 
 

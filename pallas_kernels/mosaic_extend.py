@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import State
-from pallas_kernels.mosaic_certificate import certificate_of_parts, load_sample, store_numbers
-from pallas_kernels.mosaic_certified_threshold import Rule
+from pallas_kernels.mosaic_certificate import certificate_of_parts, store_numbers
+from pallas_kernels.mosaic_certified_threshold import DEVIATION, Rule
 from pallas_kernels.mosaic_certified_threshold import words as certified_words
 from pallas_kernels.mosaic_chunk import CHUNK, THREAD_TOKENS, Chunk, chunk_words
 from pallas_kernels.mosaic_found import KINDS
@@ -311,8 +311,8 @@ class _Block:
         m.when(m.less(head, sizes.group), store)
 
     def _list(self, start, compare, i, recent):
-        """List a chunk's tokens that are attended, in shared memory, and the i-th `RECENT` of so many recent ones of the
-        block; returns how many."""
+        """List a chunk's tokens that are attended, in shared memory, and the i-th `RECENT` of its so many recent
+        ones; returns how many."""
         sizes, token = self.sizes, self.chunk.token(start)
         mask = self._attended(token, compare)
         count = m.count_ones(mask)
@@ -419,11 +419,9 @@ class _Block:
         assert rule is not None
         # All that is needed is asked for before any of it is waited for.
         counts = self._load_counts(tokens)
-        first_token = m.multiply(self.row, sizes.tokens)
-        sample = load_sample(self.lane, self.scale, first_token, self.scored, sink=sizes.sink, tokens=sizes.tokens)
         limits = load_limits(self.limits, m.add(m.multiply(self.row, sizes.heads), head))
         of_parts = SumOfParts(self.lane, sums, sizes.heads, head, self.first, self.parts, LARGEST_PARTS)
-        certificate, found = certificate_of_parts(rule, of_parts, sample, limits, self.scored)
+        certificate, found = certificate_of_parts(rule, of_parts, limits, self.scored, limits[DEVIATION])
         numbers = [*certificate, found, m.to_float(warp_sum(functools.reduce(m.add, counts), m.add))]
         place = m.add(m.multiply(self.row, sizes.group), head)
         m.when(m.less(self.lane, 1), lambda: store_numbers(numbers, self.summary, place))

@@ -52,12 +52,11 @@ class Parts:
                 part = m.add(self.lane, m.multiply(m.add(m.multiply(i, at_once), j), 32))
                 is_real, part = m.less(part, self.number), self._within(part)
                 loads.append((is_real, self._load(self.peaks, part), self._load(self.totals, part)))
-            for is_real, more, weight in loads:
-                more, weight = m.select(is_real, more, LOWEST), m.select(is_real, weight, 0.0)
-                new_peak = m.maximum(peak, more)
-                total = m.multiply_float(total, exp(m.subtract_float(peak, new_peak)))
-                peak, total = new_peak, m.fma(weight, exp(m.subtract_float(more, new_peak)), total)
-            return [peak, total]
+            loads = [(m.select(is_real, x, LOWEST), m.select(is_real, weight, 0.0)) for is_real, x, weight in loads]
+            new_peak = functools.reduce(m.maximum, [x for x, _ in loads], peak)
+            parts = [(peak, total), *loads]
+            terms = [m.multiply_float(weight, exp(m.subtract_float(x, new_peak))) for x, weight in parts]
+            return [new_peak, functools.reduce(m.add_float, terms)]
 
         rounds = m.divide(m.add(self.number, 32 * at_once - 1), 32 * at_once)
         peak, total = m.loop(rounds, [m.value(LOWEST), m.value(0.0)], add)

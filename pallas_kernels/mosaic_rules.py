@@ -98,9 +98,8 @@ class TopP(Rule):
 
     def find(self, inputs, place, head, lane, state: State, scored):
         top, lse = _load_floats(inputs, place)
-        peak = t.from_key(m.load(state.peak(head))[0])
-        places, counts, above = t.load_bins(state, head, lane, scored)
-        kept, tokens, share = t.threshold(self.top_p, lane, places, counts, above, top, peak, lse)
+        counted = t.LaneBins.load(state, head, lane).counted(lane, scored)
+        kept, tokens, share = t.threshold(self.top_p, lane, counted, top, lse)
 
         def report(reports, place):
             m.store(m.address(reports[0], place), [tokens])
@@ -175,13 +174,13 @@ class Given(_ByDeviation):
     """Bins that limits say, in kv heads of which one is short (`mosaic_verify`)."""
 
     deviations: float
-    INPUTS, COUNTED = 2, False
+    INPUTS, COUNTED = 3, False
 
     def length(self, inputs, row, length):
         heads = -(-self.group // HEADS) * HEADS
-        at = m.address(inputs[0], m.multiply(row, heads * LIMITS))
-        marks = [m.as_float(m.load(at, offset=4 * (LIMITS * head + certified.SHORT))[0]) for head in range(self.group)]
-        return m.select(functools.reduce(m.either, [m.less_float(0.0, mark) for mark in marks]), length, 0)
+        at = m.address(inputs[1], m.multiply(row, heads))
+        marks = [m.load(at, offset=4 * head)[0] for head in range(self.group)]
+        return m.select(m.less(0, functools.reduce(m.bit_or, marks)), length, 0)
 
     def find(self, inputs, place, head, lane, state: State | None, scored):
         return certified.words(load_limits(inputs[0], place), self.deviations), lambda reports, place: None

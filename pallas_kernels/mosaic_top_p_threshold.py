@@ -8,8 +8,10 @@ the edge. A kept bin counts with the lower bound, a dropped one with the upper; 
 first bin count as `mosaic_score_bins` has bounded them from below.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import BINS, BINS_PER_NAT, LOG2_E, PLACES, State
@@ -19,9 +21,10 @@ LANE_BINS = BINS // 32
 SLACK = 1e-3
 
 
-def threshold(top_p: float, lane, places, counts, above, base, peak, exact_lse):
+def threshold(top_p: float, lane, counted, base, exact_lse):
     """How many bins, best first, surely hold the share: kept bins i32, tokens in them i32, estimated mass f32."""
-    lower, upper, highest = bin_masses(lane, places, counts, above, base, peak)
+    lower, upper, highest = bin_masses(lane, counted, base)
+    _, counts, *_ = counted
     first_bin = m.multiply(lane, LANE_BINS)
     exact = exact_mass(exact_lse, highest)
     kept_lower, kept_upper = running_sums(lane, lower), running_sums(lane, upper)
@@ -51,12 +54,13 @@ def threshold(top_p: float, lane, places, counts, above, base, peak, exact_lse):
     return kept, warp_sum(functools.reduce(m.add, tokens), m.add), share
 
 
-def bin_masses(lane, places, counts, above, base, peak):
+def bin_masses(lane, counted, base):
     """Masses of a lane's bins, at least and at most, in units of e^highest; and highest, the largest score or base.
 
     Bin i holds scores from i to i + 1 bins' width below base; bin 0 also those above, the largest being peak; the last
     one also those below.
     """
+    places, counts, above, peak = counted
     highest = m.maximum(base, peak)
     first_bin = m.multiply(lane, LANE_BINS)
     largest = exp(m.subtract_float(peak, highest))
@@ -95,16 +99,30 @@ def exact_mass(exact_lse, highest):
     return exp(m.minimum(m.subtract_float(exact_lse, highest), 60.0))
 
 
-def load_bins(state: State, head, lane, scored):
-    """A lane's sums of places, counts, of so many tokens scored, and what its bins above base hold."""
-    first_bin = m.multiply(lane, LANE_BINS)
-    at, above = state.bin(head, first_bin), state.above(head, first_bin)
-    words = [word for i in range(LANE_BINS // 2) for word in m.load(at, words=4, offset=16 * i)]
-    above = [word for i in range(LANE_BINS // 4) for word in m.load(above, words=4, offset=16 * i)]
-    places, counts = words[::2], words[1::2]
-    rest = m.subtract(scored, warp_sum(functools.reduce(m.add, counts), m.add))
-    counts[-1] = m.select(m.less(30, lane), rest, counts[-1])
-    return places, counts, above
+@dataclasses.dataclass(frozen=True)
+class LaneBins:
+    """Of a head's state, the words of a lane's bins, of its bins above base, and of the largest score."""
+
+    words: list
+    words_above: list
+    peak_key: Any
+
+    @classmethod
+    def load(cls, state: State, head, lane, *, now: bool = False) -> "LaneBins":
+        first_bin = m.multiply(lane, LANE_BINS)
+        at, above = state.bin(head, first_bin), state.above(head, first_bin)
+        return cls(
+            words=[w for i in range(0, 8 * LANE_BINS, 16) for w in m.load(at, words=4, offset=i, now=now)],
+            words_above=[w for i in range(0, 4 * LANE_BINS, 16) for w in m.load(above, words=4, offset=i, now=now)],
+            peak_key=m.load(state.peak(head), now=now)[0],
+        )
+
+    def counted(self, lane, scored):
+        """Sums of places, counts, of so many tokens scored, what bins above base hold, and the largest score."""
+        places, counts = self.words[::2], self.words[1::2]
+        rest = m.subtract(scored, warp_sum(functools.reduce(m.add, counts), m.add))
+        counts[-1] = m.select(m.less(30, lane), rest, counts[-1])
+        return places, counts, self.words_above, from_key(self.peak_key)
 
 
 def mass_above(above, edge):

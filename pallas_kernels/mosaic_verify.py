@@ -20,10 +20,12 @@ from pallas_kernels.mosaic_certificate import (
     limits_of_second_round,
     load_sample,
     store_numbers,
+    typical_deviation,
 )
-from pallas_kernels.mosaic_certified_threshold import SHORT, Rule
+from pallas_kernels.mosaic_certified_threshold import Rule
 from pallas_kernels.mosaic_parts import Parts, SumOfParts, columns_of
 from pallas_kernels.mosaic_rules import load_limits
+from pallas_kernels.mosaic_top_p_threshold import LaneBins
 
 LANES = 32
 
@@ -43,8 +45,8 @@ def verify(
 
     Returns:
       Output [B,K,G,D]; summary float32 [B,K,G,8], of `rabitq_jax.certificate.Round`; limits of a second round float32
-      [B,K,H,LIMITS], of which number `SHORT` is 1 where a head is short, and 0 elsewhere; and these marks alone, int32
-      [B,K,H]. The last two are undefined in heads that are not real.
+      [B,K,H,LIMITS]; and int32 [B,K,H], 1 where a head is short, and 0 elsewhere. The last two are undefined in heads
+      that are not real.
     """
     batch, kv_heads, heads = limits.shape[:3]
     rows = batch * kv_heads
@@ -126,16 +128,19 @@ def _kernel(
             first_token = m.multiply(row, sizes.tokens)
             of_parts = SumOfParts(lane, sums, sizes.heads, head, first, number, sizes.usual)
             sample = load_sample(lane, scale, first_token, scored, sink=sizes.sink, tokens=sizes.tokens)
-            certificate, found = certificate_of_parts(sizes.rule, of_parts, sample, mine, scored)
-            states = State(state, row, sizes.heads, sizes.state_words)
-            second = limits_of_second_round(sizes.rule, lane, states, head, scored, mine, certificate)
+            bins = None
+            if sizes.rule.certified and sizes.rule.top_p < 1:
+                bins = LaneBins.load(State(state, row, sizes.heads, sizes.state_words), head, lane, now=True)
+            deviation = typical_deviation(sizes.rule, sample, mine[0])
+            certificate, found = certificate_of_parts(sizes.rule, of_parts, mine, scored, deviation)
+            second, is_short = limits_of_second_round(sizes.rule, lane, bins, scored, mine, certificate, deviation)
             numbers = [*certificate, found, m.to_float(count)]
 
             def store():
                 store_numbers(numbers, summary, m.add(m.multiply(row, sizes.group), head))
                 place = m.add(m.multiply(row, sizes.heads), head)
                 store_numbers(second, lower, place)
-                m.store(m.address(short, place), [m.to_integer(second[SHORT])])
+                m.store(m.address(short, place), [is_short])
 
             m.when(m.less(lane, 1), store)
 

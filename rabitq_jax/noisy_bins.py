@@ -92,7 +92,7 @@ class NoisyBins:
         short = self._short[:, :, : self._query.shape[2]] > 0
         # This launch is left out where nobody asks for the list.
         again, _ = mosaic_certified.select_again(
-            self._bins, self._second, scale, cache.quantized, cache.length,
+            self._bins, self._second, self._short, scale, cache.quantized, cache.length,
             sink=self._config.sink, deviations=self._rule.deviations,
         )  # fmt: skip
         indices = jnp.where(jnp.any(short, axis=-1, keepdims=True), again, indices)

@@ -9,7 +9,6 @@ from scipy.stats import norm
 from benchmarks.shapes import Shape
 from pallas_kernels import mosaic_certified, mosaic_compact, mosaic_found
 from pallas_kernels.mosaic_bins import bytes_of, counts_and_peaks, words_of
-from pallas_kernels.mosaic_certified_threshold import SHORT
 from rabitq_jax import RaBitQConfig
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.noisy_bins import rule_of
@@ -207,9 +206,9 @@ def check_lists_by_limits(shape, bins, limits, scale, jit=lambda run: run):
     quantized, length = ranges(shape)
     rows = np.arange(shape.batch * shape.kv_heads).reshape(shape.batch, shape.kv_heads) % 3 != 1
     # One head of a kv head that is short is enough.
-    limits = limits.at[..., SHORT].set(0).at[:, :, shape.group - 1, SHORT].set(rows)
+    short = jnp.zeros(limits.shape[:3], jnp.int32).at[:, :, shape.group - 1].set(rows)
     again = jit(lambda *arrays: mosaic_certified.select_again(*arrays, quantized, length, sink=FIRST, deviations=K))
-    indices, counts = again(bins, limits, scale)
+    indices, counts = again(bins, limits, short, scale)
     bytes_, noise, limits = np.asarray(bytes_of(bins)), np.asarray(limits)[..., 0], np.asarray(limits)
     position, shares = np.arange(shape.tokens), []
     for b, k in np.ndindex(rows.shape):
@@ -361,7 +360,9 @@ def test_kernels_lower(certified, monkeypatch):
         bins, state, (indices, counts, limits) = select(
             shape, (*front, arguments[5], shift), noise, heads, heads, quantized, length, rule(0.9, certified)
         )
-        again = mosaic_certified.select_again(bins, limits, front[3], quantized, length, sink=FIRST, deviations=K)
+        again = mosaic_certified.select_again(
+            bins, limits, heads.astype(jnp.int32), front[3], quantized, length, sink=FIRST, deviations=K
+        )  # fmt: skip
         return indices, again, state
 
     text = kernel_text(monkeypatch, run, arguments[:5], arguments[6], noise, heads)
