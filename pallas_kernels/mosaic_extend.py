@@ -1,6 +1,6 @@
 """The second round in one launch, for Hopper GPUs: kv heads of which a query head is short attend by lower limits.
 
-    block     an equal share of the chunks of 1,024 tokens of a kv head that is short
+    block     an equal share of the chunks of 1,024 tokens of a kv head that is short, and of its tokens without codes
               chunk (mosaic_chunk.py): bytes -> bits of the tokens that are attended -> their list, in shared memory
               list -> attention of each warp (mosaic_warp_attention.py)
     last blocks of a kv head   its parts' outputs and sums added up (mosaic_parts.py), and certificates: a warp each for
