@@ -87,7 +87,8 @@ def zeros(shape):
 
 
 def score_bins(shape, levels, bits, gain, scale, bias, bias_gain, shift, base, *, stop):
-    """The kernel: bins, and of the state it leaves the counts and peaks of the real heads."""
+    """The kernel: bins, and of the state it leaves the counts and peaks of the real heads, and what it holds of all
+    heads' last bins."""
     state = jax.new_ref(zeros(shape))
     bins = mosaic_score_bins.score_bins(
         *prepared(levels, gain, base, shift),
@@ -102,9 +103,8 @@ def score_bins(shape, levels, bits, gain, scale, bias, bias_gain, shift, base, *
     )
     heads = padded_heads(shape.group)
     last_bins = state[...][..., : 512 * heads].reshape(*state.shape[:2], heads, 256, 2)[..., -1, :]
-    assert jnp.all(last_bins == 0), "the last bin is what is left"
     counts, peak = mosaic_bins.counts_and_peaks(state[...], heads, jnp.maximum(stop - FIRST, 0))
-    return bins, counts[:, :, : shape.group], peak[:, :, : shape.group]
+    return bins, counts[:, :, : shape.group], peak[:, :, : shape.group], last_bins
 
 
 def select(shape, arguments, base, exact_lse, quantized, length, *, top_p):
@@ -129,7 +129,8 @@ def check_bins(shape, arguments, stop, score_bins):
     """Check bins, counts and peaks against the definition; returns them, the bins where tokens are scored."""
     z = proxy_scores_reference(*arguments)
     base = jnp.max(z, axis=-1) - 2
-    words, counts, peak = map(np.asarray, score_bins(*arguments, base))
+    words, counts, peak, last_bins = map(np.asarray, score_bins(*arguments, base))
+    assert np.all(last_bins == 0), "the last bin is what is left, and not counted"
     want_bins, want_peak = score_bins_reference(*arguments, base, first=FIRST, stop=stop)
     scored = (np.arange(shape.tokens) >= FIRST) & (np.arange(shape.tokens) < np.asarray(stop)[:, None])
     scored = np.broadcast_to(scored[:, None, None], z.shape)
@@ -222,7 +223,7 @@ def test_the_kernel_scores_nothing_where_codes_end_before_the_first_token(monkey
     emulate(monkeypatch)
     shape = Shape(2, 1, 2, 512, 128)
     stop = jnp.array([FIRST - 8, 0])
-    _, counts, peak = score_bins(shape, *inputs(shape), jnp.zeros((2, 1, 2)), stop=stop)
+    _, counts, peak, _ = score_bins(shape, *inputs(shape), jnp.zeros((2, 1, 2)), stop=stop)
     assert np.all(counts == 0) and np.all(np.isneginf(peak))
 
 
@@ -234,7 +235,7 @@ def test_the_kernel_puts_a_score_that_is_no_number_into_the_best_bin(bad, monkey
     # Factors of 1 and a bit for every positive level: the score is not negative, and infinity stays positive.
     bits = jnp.broadcast_to(pack_bits(levels[:, :, :1] > 0), bits.shape)
     scale = jnp.ones((1, 1, 512), jnp.bfloat16).at[0, 0, 100].set(bad)
-    words, counts, peak = score_bins(
+    words, counts, peak, _ = score_bins(
         shape, levels, bits, gain, scale, *rest, jnp.full((1, 1, 2), 1e4), stop=jnp.array([512])
     )
     assert mosaic_bins.bytes_of(words)[0, 0, 0, 100] == 0
