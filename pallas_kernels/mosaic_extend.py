@@ -3,14 +3,9 @@
     block     an equal share of the chunks of 1,024 tokens of a kv head that is short, and of its tokens without codes
               chunk (mosaic_chunk.py): bytes -> bits of the tokens that are attended -> their list, in shared memory
               list -> attention of each warp (mosaic_warp_attention.py)
-    last blocks of a kv head   its parts' outputs and sums added up (mosaic_parts.py), and certificates: a warp each for
-              some columns of a query head, or its certificate
+    last blocks of a kv head   what follows from its parts (mosaic_conclusion.py)
 
 Where no head is short, blocks end after a look at the marks. Where few are, all blocks share what there is to do.
-
-The last blocks of a kv head wait for each other. Blocks begin in order, so that at most one kv head has some that have
-not begun: fewer than `LAST_BLOCKS` wait for these, and those of other kv heads for blocks that run. So it is enough if
-`LAST_BLOCKS` blocks are on the device at once.
 """
 
 import dataclasses
@@ -22,22 +17,17 @@ import jax.numpy as jnp
 
 from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import State
-from pallas_kernels.mosaic_certificate import certificate_of_parts, store_numbers
-from pallas_kernels.mosaic_certified_threshold import DEVIATION, Rule
+from pallas_kernels.mosaic_certified_threshold import Rule
 from pallas_kernels.mosaic_certified_threshold import words as certified_words
 from pallas_kernels.mosaic_chunk import CHUNK, THREAD_TOKENS, Chunk, chunk_words
+from pallas_kernels.mosaic_conclusion import LARGEST_PARTS, Conclusion
 from pallas_kernels.mosaic_found import KINDS
-from pallas_kernels.mosaic_parts import Parts, SumOfParts, columns_of
 from pallas_kernels.mosaic_rules import Given, comparisons, is_kept, kept_tokens, load_limits, scored_and_others
-from pallas_kernels.mosaic_top_p_threshold import warp_sum
 from pallas_kernels.mosaic_warp_attention import WARPS, Sizes, WarpAttention
 
 LANES = 32
-# Blocks that are on the device at once, and the most that a kv head's tokens are split into; the number of parts is a
-# power of two, since a division by what is not takes longer than all else of a block's start.
-BLOCKS, LARGEST_PARTS = 264, 128
-# Blocks that share what there is to conclude of a kv head, a power of two.
-LAST_BLOCKS = 32
+# Blocks that are on the device at once.
+BLOCKS = 264
 # Of the tokens that have no codes yet, those that a block may list beside a chunk: one a thread.
 RECENT = m.WARPGROUP
 # Words of marks of 32 rows, under way at once.
@@ -109,11 +99,6 @@ class _Sizes:
         assert self.attention.rule is not None
         return Given(deviations=self.attention.rule.deviations, group=self.group)
 
-    @property
-    def slices(self) -> int:
-        """Of the columns that a warp adds up at a time."""
-        return -(-self.attention.head_dim // columns_of(LARGEST_PARTS))
-
     # Places in shared memory, in words: what attention takes, a chunk, a list, the rule's words [WORDS,H], tokens of
     # each warp, a ticket.
     @property
@@ -160,7 +145,8 @@ def _kernel(
             arrays = query, keys, values, bins, scale, quantized, length, limits, state, out, summary
             block = _Block(sizes, lane, _short_row(sizes, lane, marks, some), some, log2_parts, *arrays, shared)
             block.attend(*parts_of_blocks)
-            block.finish(*parts_of_blocks)
+            m.barrier()
+            block.conclusion.conclude(block.shared(sizes.ticket_at), *parts_of_blocks)
 
         m.when(m.less(some, number), run)
 
@@ -204,7 +190,8 @@ def _count_short(sizes: _Sizes, marks):
 
 
 def _log2_parts(sizes: _Sizes, number):
-    """Of each of so many kv heads, all of which have blocks."""
+    """Of the parts of each of so many kv heads, which all have blocks. Their number is a power of two, since a division
+    by what is not takes longer than all else of a block's start."""
     steps = range(1, LARGEST_PARTS.bit_length())
     return functools.reduce(m.add, [m.select(m.less(sizes.blocks >> i, number), 0, 1) for i in steps])
 
@@ -234,24 +221,28 @@ class _Block:
     ):  # fmt: skip
         self.sizes, self.lane, self.row = sizes, lane, row
         first = m.left(some, log2_parts)
-        self.first, self.log2_parts, self.parts = first, log2_parts, m.left(1, log2_parts)
+        self.log2_parts, self.parts = log2_parts, m.left(1, log2_parts)
         self.part, self._shared = m.subtract(m.block_index(), first), m.shared_address(shared)
         tokens = sizes.attention.tokens
         self.chunk = Chunk(row, sizes.group, tokens, bins, scale, self.shared(sizes.chunk_at))
         # Copied before it is known whether there are so many tokens: all else is on its way meanwhile.
         self.chunk.begin(m.multiply(self.part, CHUNK))
-        self.bins, self.scale, self.limits, self.out, self.summary = bins, scale, limits, out, summary
+        self.limits = limits
         sequence = m.divide(row, sizes.attention.kv_heads)
         self.quantized, self.length = (m.load(m.address(x, sequence))[0] for x in (quantized, length))
-        self.scored = m.maximum_signed(m.subtract(self.quantized, sizes.attention.sink), 0)
+        scored = m.maximum_signed(m.subtract(self.quantized, sizes.attention.sink), 0)
         # Tokens from here on are attended whatever is kept.
         self.recent = m.minimum_signed(m.maximum_signed(self.quantized, sizes.attention.sink), self.length)
         self.attention = WarpAttention(
             sizes.attention, lane, row, query, keys, values, self._shared,
-            bins=bins, scale=scale, limits=limits, scored=self.scored,
+            bins=bins, scale=scale, limits=limits, scored=scored,
         )  # fmt: skip
         self.warp = self.attention.warp
-        self.ticket = State(state, row, sizes.heads, sizes.state_words).ticket()
+        self.conclusion = Conclusion(
+            sizes=sizes.attention, dtype=sizes.dtype, lane=lane, row=row, first=first, number=self.parts,
+            log2_number=log2_parts, ticket=State(state, row, sizes.heads, sizes.state_words).ticket(), limits=limits,
+            scored=scored, out=out, summary=summary,
+        )  # fmt: skip
 
     def shared(self, place, word: Any = 0):
         """Address of a word of shared memory, from a place on."""
@@ -368,69 +359,3 @@ class _Block:
 
         (bits,) = m.update(m.less(0, candidates), [bits], look)
         return m.bit_or(m.bit_and(bits, scored), others)
-
-    def finish(self, peaks, totals, outs, sums, tokens):
-        """The blocks that end last, once all have ended, share what there is to conclude."""
-        m.barrier()
-        at, is_first_thread = self.shared(self.sizes.ticket_at), m.less(m.thread_index(), 1)
-        m.when(is_first_thread, lambda: m.store_shared(at, [m.take_ticket(self.ticket)]))
-        m.barrier()
-        log2_number = m.minimum_signed(self.log2_parts, LAST_BLOCKS.bit_length() - 1)
-        number = m.left(1, log2_number)
-        # Unsigned: that of a block that is not one of the last is far above.
-        which = m.subtract(m.add(m.load_shared(at)[0], number), self.parts)
-
-        def share_out():
-            m.when(is_first_thread, lambda: m.wait_tickets(self.ticket, self.parts))
-            m.barrier()
-            # A warp of each block before a second one of any: what they fetch is more than what they do with it.
-            first, each = m.add(which, m.left(self.warp, log2_number)), m.multiply(number, WARPS)
-            log2_each = m.add(log2_number, WARPS.bit_length() - 1)
-            kinds = self.sizes.slices + 1
-            left = m.maximum_signed(m.subtract(self.sizes.group * kinds, first), 0)
-            rounds = m.right(m.add(left, m.subtract(each, 1)), log2_each)
-
-            def conclude(i, _):
-                some = m.add(first, m.left(i, log2_each))
-                head = m.divide(some, kinds)
-                kind = m.subtract(some, m.multiply(head, kinds))
-                is_of_columns = m.less(kind, self.sizes.slices)
-                m.when(is_of_columns, lambda: self._add_up_columns(head, kind, peaks, totals, outs))
-                m.when(m.negate(is_of_columns), lambda: self._certify(head, sums, tokens))
-                return []
-
-            m.loop(rounds, [], conclude)
-
-        m.when(m.less(which, number), share_out)
-
-    def _add_up_columns(self, head, some, peaks, totals, outs):
-        """Some columns of a query head's output, of all parts."""
-        sizes = self.sizes.attention
-        parts = Parts(
-            peaks, totals, outs, heads=sizes.heads, columns=sizes.columns, head=head, first=self.first,
-            number=self.parts, usual=LARGEST_PARTS, lane=self.lane, dtype=self.sizes.dtype,
-        )  # fmt: skip
-        place = m.multiply(m.add(m.multiply(self.row, sizes.group), head), sizes.head_dim)
-        parts.store(m.multiply(some, columns_of(LARGEST_PARTS)), self.out, place, sizes.head_dim)
-
-    def _certify(self, head, sums, tokens):
-        """Summary of a query head, of all parts."""
-        sizes, rule = self.sizes.attention, self.sizes.attention.rule
-        assert rule is not None
-        # All that is needed is asked for before any of it is waited for.
-        counts = self._load_counts(tokens)
-        limits = load_limits(self.limits, m.add(m.multiply(self.row, sizes.heads), head))
-        of_parts = SumOfParts(self.lane, sums, sizes.heads, head, self.first, self.parts, LARGEST_PARTS)
-        certificate, found = certificate_of_parts(rule, of_parts, limits, self.scored, limits[DEVIATION])
-        numbers = [*certificate, found, m.to_float(warp_sum(functools.reduce(m.add, counts), m.add))]
-        place = m.add(m.multiply(self.row, sizes.group), head)
-        m.when(m.less(self.lane, 1), lambda: store_numbers(numbers, self.summary, place))
-
-    def _load_counts(self, tokens):
-        """Of all parts, some a lane: how many tokens they attended."""
-        counts = []
-        for i in range(0, LARGEST_PARTS, LANES):
-            part = m.add(self.lane, i)
-            at = m.address(tokens, m.add(self.first, m.minimum_signed(part, m.subtract(self.parts, 1))))
-            counts.append(m.select(m.less(part, self.parts), m.load_written(at)[0], 0))
-        return counts

@@ -18,6 +18,7 @@ from pallas_kernels import (
     mosaic_chunk,
     mosaic_code_copies,
     mosaic_compact,
+    mosaic_conclusion,
     mosaic_counters,
     mosaic_extend,
     mosaic_found,
@@ -187,7 +188,7 @@ def emulate(monkeypatch):
     scores = mosaic_score_bins, mosaic_scorers, mosaic_code_copies, mosaic_counters
     thresholds = mosaic_top_p_threshold, mosaic_certified_threshold
     attention = mosaic_attention, mosaic_warp_attention, mosaic_found, mosaic_parts
-    certificates = mosaic_certificate, mosaic_verify, mosaic_extend, mosaic_chunk
+    certificates = mosaic_certificate, mosaic_verify, mosaic_extend, mosaic_chunk, mosaic_conclusion
     for module in (mosaic_bins, *scores, *thresholds, mosaic_compact, mosaic_rules, *attention, *certificates):
         monkeypatch.setattr(module, "m", emulator)
     # An emulated block takes long.
