@@ -232,7 +232,7 @@ class _Block:
         self.quantized, self.length = (m.load(m.address(x, sequence))[0] for x in (quantized, length))
         scored = m.maximum_signed(m.subtract(self.quantized, sizes.attention.sink), 0)
         # Tokens from here on are attended whatever is kept.
-        self.recent = m.minimum_signed(m.maximum_signed(self.quantized, sizes.attention.sink), self.length)
+        self.recent = m.minimum_signed(self.quantized, self.length)
         self.attention = WarpAttention(
             sizes.attention, lane, row, query, keys, values, self._shared,
             bins=bins, scale=scale, limits=limits, scored=scored,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.shapes import LARGE, Shape
-from pallas_kernels import mosaic_attention
+from pallas_kernels import mosaic_attention, mosaic_parts
+from pallas_kernels.mosaic_found import KINDS
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.gathered_attention import gathered_attention
 from tests.kernel_cases import lengths
@@ -63,6 +64,44 @@ def test_attention_is_split_evenly_over_uneven_lists_in_an_emulator(counts, bloc
     emulate(monkeypatch)
     monkeypatch.setattr(mosaic_attention, "BLOCKS", blocks)
     check(Shape(4, 2, 3, 512, 16), jnp.bfloat16, counts)
+
+
+@pytest.mark.parametrize("number,usual", [(0, 8), (1, 8), (70, 20), (150, 40)])
+def test_parts_are_added_up_in_an_emulator(number, usual, monkeypatch):
+    """A head's outputs and sums, of no parts, of fewer than a usual number, and of so many that it takes rounds."""
+    emulate(monkeypatch)
+    rng = np.random.default_rng(5)
+    heads, head, first, columns, size = 4, 2, 3, 64, 40
+    places = first + number + 1
+    peaks, totals = rng.normal(size=(places, heads)) * 9, rng.uniform(1, 2, (places, heads))
+    outs, sums = rng.normal(size=(places, heads, columns)), rng.normal(size=(places, heads, KINDS))
+    wide = mosaic_parts.columns_of(usual)
+
+    def add_up(peaks, totals, outs, sums, out, found, _):
+        m = mosaic_parts.m
+        lane = m.bit_and(m.thread_index(), 31)
+        of_parts = mosaic_parts.Parts(
+            peaks, totals, outs, heads=heads, columns=columns, head=m.value(head), first=m.value(first),
+            number=m.value(number), usual=usual, lane=lane, dtype="float32",
+        )  # fmt: skip
+        of_parts.store(m.multiply(m.block_index(), wide), out, m.value(0), size)
+        results = mosaic_parts.SumOfParts(
+            lane, sums, heads, m.value(head), m.value(first), m.value(number), usual
+        ).result()  # fmt: skip
+        for i, x in enumerate(results):
+            m.store(m.address(found, m.value(i)), [m.as_int(x)])
+
+    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    run = mosaic_parts.m.call(
+        add_up, name="add_up", out_type=(f32(size), f32(KINDS)), blocks=-(-size // wide), shared_words=1
+    )
+    out, found = run(*(jnp.asarray(x, jnp.float32) for x in (peaks, totals, outs, sums)))
+    mine = np.s_[first : first + number, head]
+    weights = np.exp(peaks[mine] - peaks[mine].max(initial=-np.inf))
+    total = np.sum(weights * totals[mine])
+    want = weights @ outs[mine][:, :size] / total if number else np.zeros(size)
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found, sums[mine].sum(axis=0), rtol=1e-4, atol=1e-4)
 
 
 def test_attention_over_lists_shorter_than_the_cache_in_an_emulator(monkeypatch):
