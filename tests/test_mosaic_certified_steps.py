@@ -298,7 +298,7 @@ def test_second_round_in_an_emulator(shape, dtype, monkeypatch):
     emulate(monkeypatch)
     monkeypatch.setattr(mosaic_extend, "BLOCKS", 7)
     # Tokens without codes take more rounds than chunks do.
-    monkeypatch.setattr(mosaic_extend, "RECENT", 8)
+    monkeypatch.setattr(mosaic_extend, "RECENT", 24)
     check_second_round(shape, dtype)
 
 
