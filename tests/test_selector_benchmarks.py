@@ -139,7 +139,6 @@ def test_rows_of_methods_make_a_table(results, monkeypatch):
     "text,module,function",
     [
         ("quest:budget=64", selector, "gathered_attention"),
-        ("sparq:budget=64", selector, "gathered_attention"),
         ("magicpig:bits=6,tables=20", magicpig, "weighted_attention"),
         ("kivi:bits=2", kivi, "decode_attention"),
     ],
