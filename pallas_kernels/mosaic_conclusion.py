@@ -15,7 +15,7 @@ from typing import Any
 from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_certificate import certificate_of_parts, store_numbers
 from pallas_kernels.mosaic_certified_threshold import DEVIATION
-from pallas_kernels.mosaic_parts import Parts, SumOfParts, columns_of
+from pallas_kernels.mosaic_parts import OutputOfParts, Parts, SumOfParts, columns_of
 from pallas_kernels.mosaic_rules import load_limits
 from pallas_kernels.mosaic_top_p_threshold import warp_sum
 from pallas_kernels.mosaic_warp_attention import WARPS, Sizes
@@ -92,12 +92,12 @@ class Conclusion:
     def _add_up_columns(self, head, some, peaks, totals, outs):
         """Some columns of a query head's output, of all parts."""
         sizes = self.sizes
-        parts = Parts(
-            peaks, totals, outs, heads=sizes.heads, columns=sizes.columns, head=head, first=self.first,
-            number=self.number, usual=LARGEST_PARTS, lane=self.lane, dtype=self.dtype,
+        of_parts = OutputOfParts(
+            self._parts(head), peaks, totals, outs,
+            columns=sizes.columns, usual=LARGEST_PARTS, lane=self.lane, dtype=self.dtype,
         )  # fmt: skip
         place = m.multiply(m.add(m.multiply(self.row, sizes.group), head), sizes.head_dim)
-        parts.store(m.multiply(some, columns_of(LARGEST_PARTS)), self.out, place, sizes.head_dim)
+        of_parts.store(m.multiply(some, columns_of(LARGEST_PARTS)), self.out, place, sizes.head_dim)
 
     def _certify(self, head, sums, tokens):
         """Summary of a query head, of all parts."""
@@ -106,7 +106,7 @@ class Conclusion:
         # All that is needed is asked for before any of it is waited for.
         counts = self._load_counts(tokens)
         limits = load_limits(self.limits, m.add(m.multiply(self.row, sizes.heads), head))
-        of_parts = SumOfParts(self.lane, sums, sizes.heads, head, self.first, self.number, LARGEST_PARTS)
+        of_parts = SumOfParts(self._parts(head), sums, usual=LARGEST_PARTS, lane=self.lane)
         certificate, found = certificate_of_parts(rule, of_parts, limits, self.scored, limits[DEVIATION])
         numbers = [*certificate, found, m.to_float(warp_sum(functools.reduce(m.add, counts), m.add))]
         place = m.add(m.multiply(self.row, sizes.group), head)
@@ -114,9 +114,9 @@ class Conclusion:
 
     def _load_counts(self, tokens):
         """Of all parts, some a lane: how many tokens they attended."""
-        counts = []
-        for i in range(0, LARGEST_PARTS, LANES):
-            part = m.add(self.lane, i)
-            at = m.address(tokens, m.add(self.first, m.minimum_signed(part, m.subtract(self.number, 1))))
-            counts.append(m.select(m.less(part, self.number), m.load_written(at)[0], 0))
-        return counts
+        parts = Parts(first=self.first, number=self.number, heads=1, head=m.value(0))
+        of_lane = [m.add(self.lane, i) for i in range(0, LARGEST_PARTS, LANES)]
+        return [m.select(parts.has(part), parts.load(tokens, part)[0], 0) for part in of_lane]
+
+    def _parts(self, head) -> Parts:
+        return Parts(first=self.first, number=self.number, heads=self.sizes.heads, head=head)

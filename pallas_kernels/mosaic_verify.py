@@ -23,7 +23,7 @@ from pallas_kernels.mosaic_certificate import (
     typical_deviation,
 )
 from pallas_kernels.mosaic_certified_threshold import Rule
-from pallas_kernels.mosaic_parts import Parts, SumOfParts, columns_of
+from pallas_kernels.mosaic_parts import OutputOfParts, Parts, SumOfParts, columns_of
 from pallas_kernels.mosaic_rules import load_limits
 from pallas_kernels.mosaic_top_p_threshold import LaneBins
 
@@ -109,16 +109,15 @@ def _kernel(
         # Of an empty list no part says where its parts are.
         is_empty = m.less(count, 1)
         number = m.select(is_empty, 0, m.add(m.subtract(last, first), 1))
-        first = m.select(is_empty, 0, first)
+        parts = Parts(first=m.select(is_empty, 0, first), number=number, heads=sizes.heads, head=head)
         is_of_columns = m.less(kind, sizes.slices)
 
         def add_up_columns():
-            parts = Parts(
-                peaks, totals, outs, heads=sizes.heads, columns=sizes.part_columns, head=head, first=first,
-                number=number, usual=sizes.usual, lane=lane, dtype=sizes.dtype,
-            )  # fmt: skip
+            of_parts = OutputOfParts(
+                parts, peaks, totals, outs, columns=sizes.part_columns, usual=sizes.usual, lane=lane, dtype=sizes.dtype
+            )
             place = m.multiply(m.add(m.multiply(row, sizes.group), head), sizes.head_dim)
-            parts.store(m.multiply(kind, columns_of(sizes.usual)), out, place, sizes.head_dim)
+            of_parts.store(m.multiply(kind, columns_of(sizes.usual)), out, place, sizes.head_dim)
 
         def conclude():
             # All that is needed is asked for before any of it is waited for.
@@ -126,7 +125,7 @@ def _kernel(
             scored = m.maximum_signed(m.subtract(scored, sizes.sink), 0)
             mine = load_limits(limits, m.add(m.multiply(row, sizes.heads), head))
             first_token = m.multiply(row, sizes.tokens)
-            of_parts = SumOfParts(lane, sums, sizes.heads, head, first, number, sizes.usual)
+            of_parts = SumOfParts(parts, sums, usual=sizes.usual, lane=lane)
             sample = load_sample(lane, scale, first_token, scored, sink=sizes.sink, tokens=sizes.tokens)
             bins = None
             if sizes.rule.certified and sizes.rule.top_p < 1:

@@ -80,15 +80,12 @@ def test_parts_are_added_up_in_an_emulator(number, usual, monkeypatch):
     def add_up(peaks, totals, outs, sums, out, found, _):
         m = mosaic_parts.m
         lane = m.bit_and(m.thread_index(), 31)
-        of_parts = mosaic_parts.Parts(
-            peaks, totals, outs, heads=heads, columns=columns, head=m.value(head), first=m.value(first),
-            number=m.value(number), usual=usual, lane=lane, dtype="float32",
-        )  # fmt: skip
-        of_parts.store(m.multiply(m.block_index(), wide), out, m.value(0), size)
-        results = mosaic_parts.SumOfParts(
-            lane, sums, heads, m.value(head), m.value(first), m.value(number), usual
-        ).result()  # fmt: skip
-        for i, x in enumerate(results):
+        parts = mosaic_parts.Parts(first=m.value(first), number=m.value(number), heads=heads, head=m.value(head))
+        output = mosaic_parts.OutputOfParts(
+            parts, peaks, totals, outs, columns=columns, usual=usual, lane=lane, dtype="float32"
+        )
+        output.store(m.multiply(m.block_index(), wide), out, m.value(0), size)
+        for i, x in enumerate(mosaic_parts.SumOfParts(parts, sums, usual=usual, lane=lane).result()):
             m.store(m.address(found, m.value(i)), [m.as_int(x)])
 
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731

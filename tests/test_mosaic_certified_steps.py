@@ -3,6 +3,7 @@ whole steps against exact attention and the definition, in an emulator and on th
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from benchmarks.exact import exact_logits
 from benchmarks.planting import spread_keys
 from benchmarks.shapes import Shape
-from pallas_kernels import mosaic_certified, mosaic_extend
+from pallas_kernels import mosaic_certified, mosaic_conclusion, mosaic_extend
 from pallas_kernels.mosaic_bins import BINS, PLACES, counts_and_peaks
 from pallas_kernels.prepare_query import sample_positions
 from rabitq_jax import RaBitQConfig, attention, selection
@@ -300,6 +301,18 @@ def test_second_round_in_an_emulator(shape, dtype, monkeypatch):
     # Tokens without codes take more rounds than chunks do.
     monkeypatch.setattr(mosaic_extend, "RECENT", 24)
     check_second_round(shape, dtype)
+
+
+@pytest.mark.parametrize("blocks", [7, 264, 1000])
+def test_parts_of_a_second_round_in_an_emulator(blocks, monkeypatch):
+    """As many as there are blocks for, a power of two, and no more than are concluded."""
+    emulate(monkeypatch)
+    sizes = types.SimpleNamespace(blocks=blocks)
+    for number in (1, 2, 3, 7, blocks // 2, blocks // 2 + 1, blocks):
+        log2_parts = int(mosaic_extend._log2_parts(sizes, mosaic_extend.m.value(number))[0])
+        parts = 2**log2_parts
+        assert parts <= mosaic_conclusion.LARGEST_PARTS and parts * number <= blocks
+        assert parts == mosaic_conclusion.LARGEST_PARTS or 2 * parts * number > blocks
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11")
