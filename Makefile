@@ -18,7 +18,7 @@ demo: $(VENV)/.plot  ## find a fact in a long text, dense and with RaBitQ side b
 	$(BIN)/python -m demo.run $(DEMO_ARGS)
 
 test: $(VENV)/.test  ## the test suite on the CPU; tests that need a GPU are skipped
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 parity: $(VENV)/.parity  ## compare the stored references with Hugging Face transformers
 	$(BIN)/python tests/parity/make_references.py --check
