@@ -441,6 +441,11 @@ def to_integer(x) -> ir.Value:
     return ptx("cvt.rzi.u32.f32 $0, $1;", [x], "r")[0]
 
 
+def floor(x) -> ir.Value:
+    """An f32 rounded down, as a signed i32; NaN to 0."""
+    return ptx("cvt.rmi.s32.f32 $0, $1;", [x], "r")[0]
+
+
 def exp2(x) -> ir.Value:
     """2^x, to 2^-22 of it."""
     return ptx("ex2.approx.ftz.f32 $0, $1;", [x], "f")[0]

@@ -7,6 +7,7 @@ from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import BINS_PER_NAT
 from pallas_kernels.mosaic_certified_threshold import DEVIATION, Rule, lower_limits
 from pallas_kernels.mosaic_parts import SumOfParts
+from pallas_kernels.mosaic_samples import sampled_token
 from pallas_kernels.mosaic_top_p_threshold import LaneBins, exp, warp_sum
 from pallas_kernels.prepare_query import SAMPLES
 
@@ -42,13 +43,9 @@ def certificate_of_parts(rule: Rule, of_parts: SumOfParts, limits, scored, devia
 
 def load_sample(lane, scale, first_token, scored, *, sink: int, tokens: int):
     """Words of scales of `SAMPLES` tokens spread evenly over the scored ones of a row, and the tokens: 4 a lane."""
-    each = m.divide(scored, SAMPLES)
-    rest = m.subtract(scored, m.multiply(each, SAMPLES))
     loads = []
     for first in range(0, SAMPLES, 32):
-        i = m.add(lane, first)
-        place = m.add(m.multiply(each, i), m.divide(m.multiply(rest, i), SAMPLES))
-        token = m.add(first_token, m.minimum_signed(m.add(place, sink), tokens - 1))
+        token = m.add(first_token, sampled_token(m.add(lane, first), scored, sink=sink, tokens=tokens))
         loads.append((m.load(m.address(scale, m.right(token, 1)), now=True)[0], token))
     return loads
 

@@ -20,15 +20,15 @@ from pallas_kernels.mosaic_certificate import scale_of
 from pallas_kernels.mosaic_certified_threshold import Rule
 from pallas_kernels.mosaic_found import KINDS, Found, byte_of, sums_of_quads
 from pallas_kernels.mosaic_parts import LOWEST
+from pallas_kernels.mosaic_products import CHUNK, OCTET, eights_product, load_chunks, products
 from pallas_kernels.mosaic_rules import load_limits
 from pallas_kernels.mosaic_top_p_threshold import exp
 
-WARPS, PLACES, OCTET, LANES = 4, 16, 8, 32
+WARPS, PLACES, LANES = 4, 16, 32
 # Tiles that are in shared memory: one that is worked on, and one that is under way. With three, too little is left for
 # the L1, through which copies of 16 bytes become those of whole lines.
 STAGES = 2
-# Numbers of a load; of one token, the four lanes with one g have four loads at a time, the eight with one t eight.
-CHUNK = 8
+# Of a token's value, the eight lanes with one t have eight loads at a time.
 COLUMNS = 8 * CHUNK
 LARGEST_GROUP, LARGEST_COLUMNS = 16, 256
 
@@ -173,7 +173,8 @@ class WarpAttention:
         self.lane, self.g, self.t = lane, m.right(lane, 2), m.bit_and(lane, 3)
         # Heads that are not real do what the last one does, and store nothing.
         heads = [m.minimum_signed(m.add(self.g, OCTET * i), sizes.group - 1) for i in range(sizes.octets)]
-        self.query = [self._load_query(query, m.add(m.multiply(row, sizes.group), head)) for head in heads]
+        place_of = lambda head: m.add(m.multiply(row, sizes.group), head)  # noqa: E731
+        self.query = [load_chunks(query, place_of(head), sizes.head_dim, self.t) for head in heads]
         self.is_half = sizes.group <= HEADS
         self.is_upper = m.not_less(lane, 16)
         if self.is_half:
@@ -287,19 +288,6 @@ class WarpAttention:
         size = _Eight.size(self.sizes)
         return [_Eight.of(self.sizes, carried[size * i : size * (i + 1)]) for i in range(self.sizes.octets)]
 
-    def _load_query(self, query, place):
-        """A lane's chunks of a query, zero past its end."""
-        sizes, chunks = self.sizes, []
-        at = m.row_address(query, place, sizes.head_dim // 2)
-        for first in range(0, sizes.chunks, 4):
-            chunk = m.add(self.t, first)
-            if first + 4 <= sizes.chunks:
-                chunks.append(m.load(m.advance(at, m.left(chunk, 2)), words=4))
-                continue
-            words = m.load(m.advance(at, m.left(m.minimum_signed(chunk, sizes.chunks - 1), 2)), words=4)
-            chunks.append([m.select(m.less(chunk, sizes.chunks), word, 0) for word in words])
-        return chunks
-
     def _copy_chunks(self, tile, to: int, ref, token, first, lanes: int):
         """Chunks `first`, `first + lanes`, ... of a token's numbers; past their end, anything of it."""
         chunks = self.sizes.chunks
@@ -315,24 +303,16 @@ class WarpAttention:
 
     def _logits(self, tile):
         """Of each eight heads, those of this lane's four places."""
-        sizes, products = self.sizes, []
+        sizes, of_keys = self.sizes, []
         for key in range(2):
-            product = [m.value(0.0)] * 4
-            for j in range(-(-sizes.chunks // 4)):
-                chunk = m.load_shared(tile, words=4, offset=4 * (key * (sizes.values_at // 2) + 4 * LANES * j))
-                for i in (0, 2):
-                    words = [[eight[j][i], eight[j][i + 1]] for eight in self.query]
-                    product = self._product(words, chunk[i : i + 2], product)
-            products.append(product)
-        logits = [[x for product in products for x in product[2 * i : 2 * i + 2]] for i in range(sizes.octets)]
+            first = key * (sizes.values_at // 2)
+            offsets = [4 * (first + 4 * LANES * j) for j in range(-(-sizes.chunks // 4))]
+            chunks = (m.load_shared(tile, words=4, offset=offset) for offset in offsets)
+            of_keys.append(products(sizes.dtype, self.query, chunks))
+        logits = [[x for key in of_keys for x in key[i]] for i in range(sizes.octets)]
         logits = [[m.multiply_float(x, sizes.softmax_scale) for x in eight] for eight in logits]
         # Minus infinity comes from a key or query that is not finite, and would pass as a token without weight.
         return [[m.select(m.less_float(x, -3.4e38), float("nan"), x) for x in eight] for eight in logits]
-
-    def _product(self, words, b, c):
-        """mma of the words of each eight rows; of eight rows alone, the other ones are zero, and cost nothing."""
-        (a0, a2), (a1, a3) = words if len(words) == 2 else (words[0], (m.value(0), m.value(0)))
-        return m.matrix_product(self.sizes.dtype, [a0, a1, a2, a3], b, c)
 
     def _add_values(self, eights, weights, tile):
         """Add what the values of this lane's four places weigh."""
@@ -348,7 +328,7 @@ class WarpAttention:
                 at = (CHUNK * j + i) * 2
                 c = [x for eight in eights for x in eight.columns[at : at + 2]]
                 c += [m.value(0.0)] * (4 - len(c))
-                product = self._product(words, [pick(*four[:2]), pick(*four[2:])], c)
+                product = eights_product(sizes.dtype, words, [pick(*four[:2]), pick(*four[2:])], c)
                 for k, eight in enumerate(eights):
                     eight.columns[at : at + 2] = product[2 * k : 2 * k + 2]
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
+# A word's upper 23 bits are the number, in steps of this.
+UNIFORM_SHIFT, UNIFORM_STEP = 9, 2.0**-23
 
 
 def random_bits(seed, counter, stream=0):
@@ -19,20 +21,32 @@ def random_bits(seed, counter, stream=0):
       counter: uint32, any shape.
       stream: uint32 scalar, the counter's high word: other numbers under the same seed.
     """
-    keys = (seed[0], seed[1], seed[0] ^ seed[1] ^ jnp.uint32(PARITY))
-    high, low = jnp.zeros_like(counter) + (keys[0] + jnp.asarray(stream).astype(jnp.uint32)), counter + keys[1]
+    word = lambda x: jnp.asarray(x).astype(jnp.uint32)  # noqa: E731
+
+    def rotate(x, bits):
+        return (x << bits) | jax.lax.shift_right_logical(x, jnp.full_like(x, 32 - bits))
+
+    return scramble(
+        seed, counter, word(stream), add=lambda a, b: word(a) + word(b), xor=lambda a, b: word(a) ^ word(b),
+        rotate=rotate,
+    )  # fmt: skip
+
+
+def scramble(seed, counter, stream, *, add, xor, rotate):
+    """`random_bits`, of words that are added, combined by exclusive or, and rotated to the left by these functions."""
+    keys = (seed[0], seed[1], xor(xor(seed[0], seed[1]), PARITY))
+    high, low = add(keys[0], stream), add(counter, keys[1])
     for i in range(5):
         for rotation in ROTATIONS[i % 2]:
-            high = high + low
-            low = (low << rotation) | jax.lax.shift_right_logical(low, jnp.full_like(low, 32 - rotation))
-            low = low ^ high
-        high = high + keys[(i + 1) % 3]
-        low = low + keys[(i + 2) % 3] + jnp.uint32(i + 1)
-    return high ^ low
+            high = add(high, low)
+            low = xor(rotate(low, rotation), high)
+        high = add(high, keys[(i + 1) % 3])
+        low = add(add(low, keys[(i + 2) % 3]), i + 1)
+    return xor(high, low)
 
 
 def uniform(seed, counter, stream=0):
     """float32 in [0, 1), multiples of 2^-23; arguments as of `random_bits`."""
     bits = random_bits(seed, counter, stream)
-    mantissa = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 9))
-    return mantissa.astype(jnp.float32) * jnp.float32(2**-23)
+    mantissa = jax.lax.shift_right_logical(bits, jnp.full_like(bits, UNIFORM_SHIFT))
+    return mantissa.astype(jnp.float32) * jnp.float32(UNIFORM_STEP)

@@ -42,7 +42,7 @@ class NoisyBins:
         heads = padded_heads(group)
         prepared = prepare_query(
             query, cache, config, softmax_scale=softmax_scale, prng_key=prng_key, layer=layer,
-            zeros=mosaic_certified.zeros(batch, kv_heads, heads, cache.capacity), implementation="pallas",
+            zeros=mosaic_certified.zeros(batch, kv_heads, heads, cache.capacity),
         )  # fmt: skip
         self._state = jax.new_ref(prepared.zeros)
         self._bins, (indices, counts, self._limits) = mosaic_certified.score_and_select(

@@ -1,14 +1,16 @@
 """What a decode step's queries are turned into before they meet the codes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import mosaic_prepare_query
 from pallas_kernels import prepare_query as kernel
 from pallas_kernels.popcount_scores import bit_planes
 from rabitq_jax import codes as key_codes
-from rabitq_jax._dispatch import select
+from rabitq_jax._dispatch import on_hopper, select
 from rabitq_jax.cache import LayerCache
 from rabitq_jax.config import RaBitQConfig
 from rabitq_jax.error_model import noise_gain, noise_gains
@@ -86,12 +88,12 @@ def prepare_query_reference(
     )
 
 
-def _prepare_pallas(
-    query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, layer: int, zeros: int
+def _prepare_with_kernel(
+    prepare, query, cache: LayerCache, config: RaBitQConfig, softmax_scale: float, prng_key, layer: int, zeros: int
 ):
     codes = cache.codes
     assert codes is not None
-    planes, factors, noise, base, shift, exact_lse, zero = kernel.prepare_query(
+    planes, factors, noise, base, shift, exact_lse, zero = prepare(
         query, cache.keys, codes.rotation, codes.query_centroid, codes.key_centroids,
         key_codes.rounding_seed(config.query_rounding, prng_key), layer, cache.quantized, cache.length,
         sink=config.sink, softmax_scale=softmax_scale, scope_all=config.top_p_scope == "all", zeros=zeros,
@@ -102,7 +104,11 @@ def _prepare_pallas(
     )
 
 
-IMPLEMENTATIONS = {"xla": prepare_query_reference, "pallas": _prepare_pallas}
+IMPLEMENTATIONS = {
+    "xla": prepare_query_reference,
+    "pallas": functools.partial(_prepare_with_kernel, kernel.prepare_query),
+    "mosaic": functools.partial(_prepare_with_kernel, mosaic_prepare_query.prepare_query),
+}
 
 
 def prepare_query(
@@ -117,13 +123,18 @@ def prepare_query(
       softmax_scale: factor from <q, k> to a logit.
       prng_key, layer: for config.query_rounding "random"; see `quantize_query`.
       zeros: words a kv head, a multiple of 256.
-      implementation: "xla", "pallas" or None.
+      implementation: "xla", "pallas", "mosaic" or None.
 
     Returns:
       A PreparedQuery. Heads that are padding have levels, gain and shift of zero.
 
     Raises:
       ValueError: rounding is "random" and there is no key.
+      NotImplementedError: the kernel that was named cannot take the shape.
     """
+    assert cache.codes is not None
+    if implementation is None and on_hopper():
+        takes = mosaic_prepare_query.takes(query, cache.keys, cache.codes.rotation)
+        implementation = "mosaic" if takes else "pallas"
     prepare = select(IMPLEMENTATIONS, implementation, gpu="pallas")
     return prepare(query, cache, config, softmax_scale, prng_key, layer, zeros)

@@ -108,14 +108,7 @@ def _choose_mosaic(query, cache: LayerCache, config: RaBitQConfig, softmax_scale
     batch, kv_heads, group = query.shape[:3]
     zeros = mosaic_top_p.zeros(batch, kv_heads, padded_heads(group), cache.capacity)
     prepared = prepare_query(
-        query,
-        cache,
-        config,
-        softmax_scale=softmax_scale,
-        prng_key=prng_key,
-        layer=layer,
-        zeros=zeros,
-        implementation="pallas",
+        query, cache, config, softmax_scale=softmax_scale, prng_key=prng_key, layer=layer, zeros=zeros
     )
     indices, counts, scored, mass = mosaic_top_p.score_and_select(
         prepared.planes, prepared.factors, prepared.base, prepared.shift, prepared.exact_lse, prepared.zeros,

@@ -123,6 +123,9 @@ class Emulator:
     def to_integer(self, x):
         return np.nan_to_num(x, nan=0.0).clip(0, 2.0**32 - 512).astype(np.uint32)
 
+    def floor(self, x):
+        return np.floor(np.nan_to_num(x, nan=0.0)).clip(-(2.0**31), 2.0**31 - 128).astype(np.int32).view(np.uint32)
+
     def exp2(self, x):
         # Numbers below the normal ones are flushed to zero.
         with np.errstate(over="ignore"):

@@ -16,7 +16,7 @@ from benchmarks.shapes import Shape
 from pallas_kernels import mosaic_certified, mosaic_conclusion, mosaic_extend
 from pallas_kernels.mosaic_bins import BINS, PLACES, counts_and_peaks
 from pallas_kernels.prepare_query import sample_positions
-from rabitq_jax import RaBitQConfig, attention, selection
+from rabitq_jax import RaBitQConfig, attention
 from rabitq_jax import thresholds as thresholds_module
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.cache import init_layer_cache
@@ -27,7 +27,7 @@ from rabitq_jax.thresholds import HeadMass, Thresholds, confidence, extended_thr
 from rabitq_jax.verified_attention import masses
 from tests.test_lowering import kernel_text
 from tests.test_mosaic_certified import sums_of_lists
-from tests.test_mosaic_kernels import emulate
+from tests.test_mosaic_kernels import emulate, take_for_hopper
 
 pytestmark = pytest.mark.kernel
 K = confidence(1e-3)
@@ -93,7 +93,7 @@ def test_step_in_an_emulator(rule, top_p, size, monkeypatch):
             return jax.jit(attend, static_argnames="config")(query, cache, config=config)
         with monkeypatch.context() as patch, jax.disable_jit():
             emulate(patch)
-            patch.setattr(selection, "on_hopper", lambda: True)
+            take_for_hopper(patch)
             return attend(query, cache, config)
 
     check_step(config, query, cache, run)
@@ -106,7 +106,7 @@ def test_sharp_attention_keeps_few_tokens_in_an_emulator(monkeypatch):
     want = jax.jit(attend, static_argnames="config")(query, cache, config=dataclasses.replace(config, **XLA))[1]
     with jax.disable_jit():
         emulate(monkeypatch)
-        monkeypatch.setattr(selection, "on_hopper", lambda: True)
+        take_for_hopper(monkeypatch)
         got = attend(query, cache, dataclasses.replace(config, attend="mosaic"))[1]
     assert want.counts[0, 0] <= got.counts[0, 0] <= 1.1 * want.counts[0, 0] + 4
 
@@ -321,14 +321,15 @@ def test_a_step_lowers(monkeypatch):
     shape = Shape(2, 2, 5, 1024, 64)
     cache = jax.eval_shape(lambda: init_layer_cache(shape.batch, shape.tokens, shape.kv_heads, shape.head_dim, config))
     query = jax.ShapeDtypeStruct((shape.batch, shape.kv_heads, shape.group, shape.head_dim), jnp.bfloat16)
-    monkeypatch.setattr(selection, "on_hopper", lambda: True)
+    take_for_hopper(monkeypatch)
 
     def step(query, cache):
         out, _, stats = attend(query, cache, config)
         return out, stats
 
     text = kernel_text(monkeypatch, step, query, cache)
-    assert all(kernel in text for kernel in ("score_bins", "compact", "gathered_attention", "verify", "extend"))
+    kernels = "prepare_query", "score_bins", "compact", "gathered_attention", "verify", "extend"
+    assert all(kernel in text for kernel in kernels)
 
 
 @pytest.mark.gpu

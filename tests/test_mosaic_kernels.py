@@ -23,7 +23,11 @@ from pallas_kernels import (
     mosaic_extend,
     mosaic_found,
     mosaic_parts,
+    mosaic_prepare_query,
+    mosaic_products,
+    mosaic_rotation,
     mosaic_rules,
+    mosaic_samples,
     mosaic_score_bins,
     mosaic_scorers,
     mosaic_top_p,
@@ -33,7 +37,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.popcount_scores import bit_planes
 from pallas_kernels.prepare_query import padded_heads
-from rabitq_jax import attention
+from rabitq_jax import attention, prepared_query, selection
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.cache import init_layer_cache
 from rabitq_jax.codes import pack_bits
@@ -187,12 +191,20 @@ def emulate(monkeypatch):
     emulator = Emulator()
     scores = mosaic_score_bins, mosaic_scorers, mosaic_code_copies, mosaic_counters
     thresholds = mosaic_top_p_threshold, mosaic_certified_threshold
+    queries = mosaic_prepare_query, mosaic_rotation, mosaic_samples, mosaic_products
     attention = mosaic_attention, mosaic_warp_attention, mosaic_found, mosaic_parts
     certificates = mosaic_certificate, mosaic_verify, mosaic_extend, mosaic_chunk, mosaic_conclusion
-    for module in (mosaic_bins, *scores, *thresholds, mosaic_compact, mosaic_rules, *attention, *certificates):
+    selection = mosaic_bins, mosaic_compact, mosaic_rules
+    for module in (*queries, *scores, *thresholds, *selection, *attention, *certificates):
         monkeypatch.setattr(module, "m", emulator)
     # An emulated block takes long.
     monkeypatch.setattr(mosaic_attention, "BLOCKS", 5)
+
+
+def take_for_hopper(monkeypatch):
+    """What is chosen by the device is what a Hopper GPU has."""
+    for module in (selection, prepared_query):
+        monkeypatch.setattr(module, "on_hopper", lambda: True)
 
 
 @pytest.mark.parametrize(

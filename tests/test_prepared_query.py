@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.shapes import Shape
 from pallas_kernels.prepare_query import HEADROOM, SAMPLES, SHARP, padded_heads, sample_positions
+from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.attention import build_codes, prefill
 from rabitq_jax.cache import LayerCache, init_layer_cache
 from rabitq_jax.codes import quantize_query
@@ -17,6 +19,7 @@ from rabitq_jax.scores import proxy_scores
 from tests.kernel_cases import SHAPES, lengths
 from tests.test_lowering import SHAPES as LOWERED
 from tests.test_lowering import array, kernel_text
+from tests.test_mosaic_kernels import emulate
 
 KEY = jax.random.key(3)
 CONFIG = RaBitQConfig(sink=5, recent=16, interval=64)
@@ -48,13 +51,55 @@ def test_kernel_matches_definition_with_other_choices(shape):
     check_kernel(shape, {"query_rounding": "nearest", "rotation": "none"})
 
 
-def check_kernel(shape, change):
+# Of query heads that are not a multiple of four or more than eight; codes of fewer words than warps, and of more; more
+# centroids than a block has, and tiles of P than fit; exact tokens that take several rounds, and none.
+HOPPER = [
+    (Shape(2, 2, 4, 1024, 128), {}),
+    (Shape(1, 2, 3, 2560, 64), {"interval": 16, "query_centroid": "prompt"}),
+    (Shape(2, 1, 9, 512, 256), {"recent": 300, "query_rounding": "nearest"}),
+    (Shape(1, 2, 2, 512, 96), {"key_centroid": "prompt", "query_centroid": "prompt", "top_p_scope": "scored"}),
+]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("shape,change", HOPPER, ids=str)
+def test_kernel_for_hopper_in_an_emulator(shape, change, monkeypatch):
+    query, cache = filled(shape, dataclasses.replace(CONFIG, **change))
+    with monkeypatch.context() as patch:
+        emulate(patch)
+        check_kernel(shape, change, "mosaic", jit=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.kernel
+@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("shape,change", [*HOPPER, (Shape(8, 8, 4, 131072, 128), {"interval": 128})], ids=str)
+def test_kernel_on_hopper(shape, change):
+    check_kernel(shape, change, "mosaic")
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("shape,change", HOPPER, ids=str)
+def test_kernel_for_hopper_lowers(shape, change, monkeypatch):
+    check_lowering(shape, change, "mosaic", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "head_dim,dtype,group", [(80, jnp.bfloat16, 4), (128, jnp.float32, 4), (128, jnp.bfloat16, 17)]
+)
+def test_kernel_for_hopper_says_what_it_takes(head_dim, dtype, group):
+    query, cache = filled(Shape(1, 1, group, 512, head_dim), CONFIG, dtype=dtype)
+    with pytest.raises(NotImplementedError, match=r"the kernel takes bfloat16.*, got"):
+        prepare_query(query, cache, CONFIG, softmax_scale=0.3, prng_key=KEY, zeros=512, implementation="mosaic")
+
+
+def check_kernel(shape, change, implementation="pallas", *, jit=True):
     config = dataclasses.replace(CONFIG, **change)
     query, cache = filled(shape, config)
-    prepare = jax.jit(prepare_query, static_argnames=("config", "softmax_scale", "zeros", "implementation"))
+    jitted = jax.jit(prepare_query, static_argnames=("config", "softmax_scale", "zeros", "implementation"))
     want, got = (
         prepare(query, cache, config, softmax_scale=0.3, prng_key=KEY, layer=3, zeros=512, implementation=name)
-        for name in ("xla", "pallas")
+        for prepare, name in ((jitted, "xla"), (jitted if jit else prepare_query, implementation))
     )
     # A level changes where float32 rounding crosses an integer; the sum, and nothing else by more, changes with it.
     changed = np.asarray(want.planes != got.planes)
@@ -75,15 +120,19 @@ def check_kernel(shape, change):
 @pytest.mark.kernel
 @pytest.mark.parametrize("shape", LOWERED, ids=str)
 def test_kernel_lowers(shape, monkeypatch):
+    for change in ({}, {"key_centroid": "prompt", "query_centroid": "prompt"}):
+        check_lowering(shape, change, "pallas", monkeypatch)
+
+
+def check_lowering(shape, change, implementation, monkeypatch):
     query = array(shape.batch, shape.kv_heads, shape.group, shape.head_dim, dtype=jnp.bfloat16)
     sizes = (shape.batch, shape.tokens, shape.kv_heads, shape.head_dim)
-    for change in ({}, {"key_centroid": "prompt", "query_centroid": "prompt"}):
-        config = dataclasses.replace(CONFIG, **change)
-        cache = jax.eval_shape(lambda config=config: init_layer_cache(*sizes, config))
-        run = lambda query, cache, config=config: prepare_query(  # noqa: E731
-            query, cache, config, softmax_scale=0.3, prng_key=KEY, zeros=512, implementation="pallas"
-        )
-        assert "prepare_query" in kernel_text(monkeypatch, run, query, cache)
+    config = dataclasses.replace(CONFIG, **change)
+    cache = jax.eval_shape(lambda: init_layer_cache(*sizes, config))
+    run = lambda query, cache: prepare_query(  # noqa: E731
+        query, cache, config, softmax_scale=0.3, prng_key=KEY, zeros=512, implementation=implementation
+    )
+    assert "prepare_query" in kernel_text(monkeypatch, run, query, cache)
 
 
 @pytest.mark.parametrize("quantized,sink", [(0, 16), (16, 16), (100, 16), (128, 0), (8192, 5), (10**7, 16)])
