@@ -19,7 +19,7 @@ from pallas_kernels import _mosaic as m
 from pallas_kernels.mosaic_bins import LOG2_E
 from pallas_kernels.mosaic_parts import LOWEST
 from pallas_kernels.mosaic_products import OCTET, load_chunks, products
-from pallas_kernels.mosaic_rotation import TILE, Rotation, RotationSizes
+from pallas_kernels.mosaic_rotation import TILE, WORD, Rotation, RotationSizes
 from pallas_kernels.mosaic_samples import sampled_token
 from pallas_kernels.mosaic_top_p_threshold import exp, warp_sum
 from pallas_kernels.prepare_query import HEADROOM, SAMPLES, SHARP, padded_heads
@@ -29,20 +29,20 @@ WARPS, LANES = 4, 32
 WARP_ROWS, BLOCK_ROWS = 32, 128
 # Kinds of blocks but those of centroids.
 KINDS = 3
-LARGEST_GROUP, LARGEST_HEAD_DIM = 16, 256
+LARGEST_GROUP, LARGEST_HEAD_DIM, CODE_WORDS = 16, 256, (2, 4, 8)
 ZEROED = 2 * m.WARPGROUP
 
 
 def takes(query, keys, rotation) -> bool:
     """Whether the kernel takes queries [B,K,G,D], keys [B,K,T,D] and a rotation [32 W,D]."""
     group, head_dim = query.shape[2:]
-    words = rotation.shape[0] // 32
+    words = rotation.shape[0] // WORD
     return (
         query.dtype == keys.dtype == jnp.bfloat16
         and group <= LARGEST_GROUP
         and head_dim % TILE == 0
         and head_dim <= LARGEST_HEAD_DIM
-        and (words == 2 or words in (4, 8))
+        and words in CODE_WORDS
     )
 
 
@@ -55,14 +55,14 @@ def prepare_query(
     Raises:
       NotImplementedError: `takes` is False.
     """
+    words, count = rotation.shape[0] // WORD, centroids.shape[2]
     if not takes(query, keys, rotation):
         raise NotImplementedError(
             f"the kernel takes bfloat16, groups of up to {LARGEST_GROUP} heads, head dimensions that are multiples of "
-            f"{TILE} up to {LARGEST_HEAD_DIM}, and codes of 64, 128 or 256 bits, got queries {query.dtype} "
-            f"{query.shape}, keys {keys.dtype} and {rotation.shape[0]} bits"
+            f"{TILE} up to {LARGEST_HEAD_DIM}, and codes of {CODE_WORDS} words, got queries {query.dtype} "
+            f"{query.shape}, keys {keys.dtype} and {words} words"
         )
     batch, kv_heads, group, head_dim = query.shape
-    words, count = rotation.shape[0] // 32, centroids.shape[2]
     heads = padded_heads(group)
     sizes = _Sizes(
         rows=batch * kv_heads, kv_heads=kv_heads, tokens=keys.shape[2], centroids=count, zeros=zeros, sink=sink,

@@ -73,7 +73,7 @@ class RotationSizes:
 
 
 class Rotation:
-    """A block's.
+    """A block's work on one kv head.
 
     query bfloat16 [R,G,D], rotation [32 W,D], query_centroid [R,D] or None; seed [2] and layer [1], or None for
     rounding to nearest; shared: an address, of `RotationSizes.shared_words` words.

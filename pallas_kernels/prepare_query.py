@@ -6,7 +6,8 @@
     program (kv head, 3)       zeros for what later kernels count in
     program (kv head, 4 ...)   scaled <q, c_k>, `CENTROIDS` of them each
 
-Query heads are padded to a multiple of 4 and, in products, to 16 rows; those added are zero.
+Query heads are padded to a multiple of 4 and, in products, to 16 rows; those added are zero. For Hopper GPUs there is
+mosaic_prepare_query.py, with the same results.
 """
 
 import dataclasses

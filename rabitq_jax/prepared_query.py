@@ -123,7 +123,7 @@ def prepare_query(
       softmax_scale: factor from <q, k> to a logit.
       prng_key, layer: for config.query_rounding "random"; see `quantize_query`.
       zeros: words a kv head, a multiple of 256.
-      implementation: "xla", "pallas", "mosaic" or None.
+      implementation: "xla", "pallas", "mosaic" or None, which is "mosaic" on a Hopper GPU if it takes the shape.
 
     Returns:
       A PreparedQuery. Heads that are padding have levels, gain and shift of zero.
