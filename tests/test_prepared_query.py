@@ -52,11 +52,12 @@ def test_kernel_matches_definition_with_other_choices(shape):
 
 
 # Of query heads that are not a multiple of four or more than eight; codes of fewer words than warps, and of more; more
-# centroids than a block has, and tiles of P than fit; exact tokens that take several rounds, and none.
+# centroids than a block has, and tiles of P than fit; exact tokens that take several rounds, and none; a sequence
+# shorter than the sinks.
 HOPPER = [
     (Shape(2, 2, 4, 1024, 128), {}),
     (Shape(1, 2, 3, 2560, 64), {"interval": 16, "query_centroid": "prompt"}),
-    (Shape(2, 1, 9, 512, 256), {"recent": 300, "query_rounding": "nearest"}),
+    (Shape(2, 1, 9, 512, 256), {"sink": 460, "recent": 300, "query_rounding": "nearest"}),
     (Shape(1, 2, 2, 512, 96), {"key_centroid": "prompt", "query_centroid": "prompt", "top_p_scope": "scored"}),
 ]
 
@@ -84,6 +85,22 @@ def test_kernel_for_hopper_lowers(shape, change, monkeypatch):
     check_lowering(shape, change, "mosaic", monkeypatch)
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize("implementation", ["xla", "pallas", "mosaic"])
+def test_no_level_is_more_than_four_bits_hold(implementation, monkeypatch):
+    """In this layer one of the random numbers is 1 - 2^-23: added to 7, it rounds to 8."""
+    config = dataclasses.replace(CONFIG, rotation="none")
+    cache = init_layer_cache(1, 512, 1, 128, config)
+    if implementation == "mosaic":
+        emulate(monkeypatch)
+    prepared = prepare_query(
+        jnp.full((1, 1, 4, 128), 7, jnp.bfloat16), cache, config,
+        softmax_scale=1.0, prng_key=jax.random.key(0), layer=7094, zeros=256, implementation=implementation,
+    )  # fmt: skip
+    np.testing.assert_array_equal(prepared.planes[0, 0, :, :3], -1)
+    np.testing.assert_array_equal(prepared.planes[0, 0, :, 3], 0)
+
+
 @pytest.mark.parametrize(
     "head_dim,dtype,group", [(80, jnp.bfloat16, 4), (128, jnp.float32, 4), (128, jnp.bfloat16, 17)]
 )
@@ -96,6 +113,7 @@ def test_kernel_for_hopper_says_what_it_takes(head_dim, dtype, group):
 def check_kernel(shape, change, implementation="pallas", *, jit=True):
     config = dataclasses.replace(CONFIG, **change)
     query, cache = filled(shape, config)
+    query = query.at[-1, -1, -1].set(0)
     jitted = jax.jit(prepare_query, static_argnames=("config", "softmax_scale", "zeros", "implementation"))
     want, got = (
         prepare(query, cache, config, softmax_scale=0.3, prng_key=KEY, layer=3, zeros=512, implementation=name)
