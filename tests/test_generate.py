@@ -14,8 +14,6 @@ from rabitq_jax import RaBitQConfig, Sampling, generate, generation, init_cache
 from rabitq_jax._dispatch import on_hopper
 from rabitq_jax.decoding import ModelDefinition, decode_steps, prefill_chunk, start_decoding
 
-pytestmark = pytest.mark.optimized
-
 MODEL_CONFIG = LlamaConfig(
     vocab_size=97,
     hidden_size=32,

@@ -8,8 +8,6 @@ from rabitq_jax import RaBitQConfig, generate
 from tests.checkpoints import load
 from tests.parity.cases import CASES, NEW_TOKENS, make_folder, reference
 
-pytestmark = pytest.mark.optimized
-
 CONFIG = RaBitQConfig(top_p=1.0, sink=4, recent=8, interval=16, dense_layers=0)
 
 
