@@ -5,7 +5,8 @@ samples      exact logits of `SAMPLES` tokens -> where bins of scores begin
 exact        log-sum-exp of the exact logits of sinks and window; zeros for what later kernels count in
 centroids    scaled <q, c_k>, of 128 centroids each
 
-Products but those of the rotation are made for 32 rows a warp at a time (mosaic_products.py).
+Products but those of the rotation are made for 32 rows a warp at a time (mosaic_products.py). What all of it is to give
+is `rabitq_jax.prepared_query.prepare_query_reference`.
 """
 
 import dataclasses
@@ -26,7 +27,8 @@ from pallas_kernels.prepare_query import HEADROOM, SAMPLES, SHARP, padded_heads
 
 WARPS, LANES = 4, 32
 # Rows of which a warp, and a block, make products at a time.
-WARP_ROWS, BLOCK_ROWS = 32, 128
+WARP_ROWS = 32
+BLOCK_ROWS = WARPS * WARP_ROWS
 # Kinds of blocks but those of centroids.
 KINDS = 3
 LARGEST_GROUP, LARGEST_HEAD_DIM, CODE_WORDS = 16, 256, (2, 4, 8)
@@ -185,6 +187,7 @@ class _Logits:
 
 def _find_base(logits: _Logits, shared, keys, quantized, base):
     """Where bins begin: `prepare_query.likely_peak`."""
+    assert SAMPLES == BLOCK_ROWS
     sizes, row = logits.sizes, logits.row
     quantized = m.load(m.address(quantized, m.divide(row, sizes.kv_heads)))[0]
     scored = m.maximum_signed(m.subtract(quantized, sizes.sink), 0)

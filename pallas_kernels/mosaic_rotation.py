@@ -3,6 +3,9 @@
 thread    dimensions of the codes, 128 apart: the products of their rows of P with each query head. P comes to shared
           memory in tiles of 32 columns, some tiles ahead
 warp      the 32 dimensions of a word of each bit plane
+
+Levels and step are those of equation (1) in README, `rabitq_jax.codes.quantize_query`; the noise is that of equation
+(2) in docs/theory.md, `rabitq_jax.error_model.noise_gain`.
 """
 
 import dataclasses
